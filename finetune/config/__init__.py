@@ -1,0 +1,1 @@
+"""The YAML file: schema, loading with origins, cross-field checks."""

@@ -1,0 +1,1 @@
+"""What a run will be, computed from the configuration alone."""
