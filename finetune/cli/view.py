@@ -1,0 +1,176 @@
+"""What a user sees: tables, progress, errors. Results go to stdout; everything else to stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from finetune.errors import FinetuneError
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False)
+
+
+def show_error(error: FinetuneError) -> None:
+    """Every problem of ``error`` in its three parts."""
+    for problem in error.problems:
+        err.print(Text("error: ", style="bold red") + Text(problem.what, style="bold"), soft_wrap=True)
+        if problem.where:
+            err.print(Text(f"  where: {problem.where}"), soft_wrap=True)
+        for line in problem.excerpt.splitlines():
+            err.print(Text(f"    {line}", style="dim"), soft_wrap=True)
+        if problem.fix:
+            err.print(Text(f"  fix:   {problem.fix}"), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """One line for people."""
+    err.print(Text(text))
+
+
+class TrainingView:
+    """Follows a run: a live bar in a terminal, a line now and then in a pipe."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]} tok/s"),
+            TimeRemainingColumn(compact=True),
+            console=err,
+            transient=False,
+            expand=True,
+        )
+        self._task: TaskID | None = None
+        self._tokens = 0
+        self._seconds = 0.0
+        self._every = 1
+
+    def __call__(self, event: Any) -> None:
+        """Show one event of the run."""
+        handler = getattr(self, f"_on_{type(event).__name__.lower()}")
+        handler(event)
+
+    @contextmanager
+    def running(self) -> Iterator[TrainingView]:
+        """Keep the terminal clean even when the run ends in an error."""
+        try:
+            yield self
+        finally:
+            if self._task is not None:
+                self._progress.stop()
+
+    def _on_started(self, event: Any) -> None:
+        counts = event.counts
+        err.print(
+            f"Training {event.trainable:,} of {event.total:,} parameters ({event.trainable / event.total:.2%}) on {escape(event.device)}: "
+            f"{event.steps.total} steps over {counts['training rows']:,} rows, {counts['training tokens']:,} tokens an epoch."
+        )
+        for name, (value, reason) in event.choices.items():
+            err.print(f"  {name}: [bold]{escape(value)}[/] ({escape(reason)})", style="dim")
+        for text in event.notes:
+            err.print(f"  {escape(text)}", style="dim")
+        err.print(_groups(event.groups))
+        self._every = max(1, event.steps.total // 20)
+        self._task = self._progress.add_task("train", total=event.steps.total, completed=event.done, loss="-", rate="-", speed="-")
+        if err.is_terminal:
+            self._progress.start()
+
+    def _on_stepdone(self, event: Any) -> None:
+        self._tokens += event.tokens
+        self._seconds += event.seconds
+        speed = f"{self._tokens / self._seconds:.0f}"
+        rate = f"{max(event.learning_rates.values()):.1e}"
+        if self._task is not None:
+            self._progress.update(self._task, completed=event.step, loss=f"{event.loss:.3f}", rate=rate, speed=speed)
+        if not err.is_terminal and (event.step % self._every == 0 or event.step == 1):
+            err.print(f"step {event.step}  loss {event.loss:.4f}  grad norm {event.grad_norm:.3f}  lr {rate}  {speed} tok/s")
+
+    def _on_evaluated(self, event: Any) -> None:
+        self._print(f"step {event.step}: validation loss {event.validation_loss:.4f}" + (" (best)" if event.best else ""))
+
+    def _on_checkpointsaved(self, event: Any) -> None:
+        if event.step:
+            self._print(f"step {event.step}: checkpoint saved", style="dim")
+
+    def _print(self, text: str, style: str = "") -> None:
+        (self._progress.console if err.is_terminal else err).print(text, style=style)
+
+
+def _groups(groups: tuple[dict[str, Any], ...]) -> Table:
+    table = Table("parameter group", box=None, pad_edge=False)
+    for heading in ("tensors", "parameters", "peak lr", "decay"):
+        table.add_column(heading, justify="right")
+    for group in groups:
+        table.add_row(
+            escape(group["name"]),
+            str(group["tensors"]),
+            f"{group['parameters']:,}",
+            f"{group['learning_rate']:.2e}",
+            f"{group['weight_decay']:g}",
+        )
+    return table
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Any]:
+    """A progress line for work whose length is not known; yields (what, done) -> None."""
+    with Progress(
+        TextColumn("{task.description}"), TextColumn("{task.completed:,}"), TimeElapsedColumn(), console=err, transient=True
+    ) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(what: str, count: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(f"{title}: {what}", total=None)
+            progress.advance(tasks[what], count)
+
+        yield advance
+
+
+def results_table(results: Any) -> Table:
+    """Figures of every system side by side, with the change from the first to the second."""
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    table.add_column("measured")
+    for heading in ("n", *results.systems, "change"):
+        table.add_column(heading, justify="right")
+    group = ""
+    for figure in results.figures:
+        heading, _, name = figure.name.partition(": ")
+        if heading != group:
+            table.add_row(Text(heading, style="bold"))
+            group = heading
+        table.add_row(
+            f"  {name} ({figure.unit})",
+            str(figure.n),
+            *(f"{figure.values[system]:.3f}" for system in results.systems),
+            _change(figure, results.systems),
+        )
+    return table
+
+
+def _change(figure: Any, systems: tuple[str, ...]) -> Text:
+    if len(systems) < 2:
+        return Text("")
+    change = figure.values[systems[1]] - figure.values[systems[0]]
+    good = {"lower": change < 0, "higher": change > 0, "same": None}[figure.better]
+    return Text(f"{change:+.3f}", style="" if good is None or not change else "green" if good else "red")
+
+
+def show_samples(samples: Any) -> None:
+    """Questions with the answers of every system."""
+    for sample in samples:
+        out.print()
+        out.print(Text(sample.question, style="bold"))
+        out.print(Text(f"  ({sample.kind})", style="dim"))
+        lines: Mapping[str, str] = {"expected": sample.expected, **sample.answers}
+        width = max(map(len, lines))
+        for name, text in lines.items():
+            out.print(Text(f"  {name:<{width}}  {' '.join(text.split())}"))

@@ -1,0 +1,88 @@
+"""`finetune eval`: every task of a run for the base and the tuned model, side by side."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import assert_never
+
+from finetune.config.schema import Config, ForgettingTask, Icd10cm, KnowledgeTask, LossTask, Task
+from finetune.data.prepare import prepare
+from finetune.data.render import Example
+from finetune.evaluation import forgetting, knowledge
+from finetune.evaluation.results import Figure, Measurement, Results, Sample, side_by_side
+from finetune.evaluation.systems import Loaded, System, base_and_tuned, directory_system, load_run
+from finetune.runs import RunDirectory, write_json
+
+Progress = Callable[[str, str, int], None]
+"""(task, system, items done since the last call)"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Measuring:
+    """What every task needs."""
+
+    config: Config
+    loaded: Loaded
+    validation: tuple[Example, ...]
+
+
+def evaluate(run: RunDirectory, config: Config, models: Sequence[Path] = (), progress: Progress = lambda *_: None) -> Results:
+    """Measure the tasks of ``config`` for the run's base and tuned model, and for further model directories; kept in eval/results.json."""
+    began = time.perf_counter()
+    loaded = load_run(run, config)
+    systems = [*base_and_tuned(loaded, config), *(directory_system(loaded, path) for path in models)]
+    measuring = _Measuring(config, loaded, _validation(config, loaded))
+    figures: list[Figure] = []
+    samples: list[Sample] = []
+    for task in config.evaluation.tasks:
+        if isinstance(task, LossTask) and not measuring.validation:
+            continue
+        measured = {system.name: _measure(task, system, measuring, progress) for system in systems}
+        found = side_by_side(task.task, measured)
+        figures += found[0]
+        samples += found[1]
+    names = tuple(system.name for system in systems)
+    results = Results(str(run.path), names, tuple(figures), tuple(samples), time.perf_counter() - began)
+    run.evaluations.mkdir(exist_ok=True)
+    write_json(run.evaluations / "results.json", results.as_dict())
+    return results
+
+
+def _validation(config: Config, loaded: Loaded) -> tuple[Example, ...]:
+    if config.data.validation is None or not any(isinstance(task, LossTask) for task in config.evaluation.tasks):
+        return ()
+    return prepare(config.data, loaded.renderer, config.seed).validation
+
+
+def _measure(task: Task, system: System, measuring: _Measuring, progress: Progress) -> Measurement:
+    def advance(count: int) -> None:
+        progress(task.task, system.name, count)
+
+    renderer = measuring.loaded.renderer
+    with system.using():
+        match task:
+            case LossTask():
+                loss = system.scorer.mean_loss(measuring.validation, advance)
+                n = len(measuring.validation)
+                return Measurement(
+                    {
+                        ("validation: loss", "nats/token", n, "lower"): loss,
+                        ("validation: perplexity", "perplexity", n, "lower"): math.exp(loss),
+                    },
+                    {},
+                )
+            case KnowledgeTask():
+                asked = [question for source in _facts(measuring.config) for question in knowledge.ask(source, task.questions_per_fact)]
+                samples = measuring.config.evaluation.samples
+                return knowledge.measure(system.scorer, renderer, asked, generate=task.generate, samples=samples, advance=advance)
+            case ForgettingTask():
+                return forgetting.measure(system.scorer, renderer, advance)
+        assert_never(task)
+
+
+def _facts(config: Config) -> list[Icd10cm]:
+    return [source for source in config.data.train if isinstance(source, Icd10cm)]

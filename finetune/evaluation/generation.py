@@ -1,0 +1,65 @@
+"""Greedy answers to questions, in batches, and whether they are the expected ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+
+from finetune.data.formats import Message
+from finetune.data.render import Renderer
+from finetune.scoring import Scorer
+
+_BATCH = 64
+
+
+@torch.no_grad()
+def answer(
+    scorer: Scorer,
+    renderer: Renderer,
+    prompts: Sequence[tuple[Message, ...]],
+    max_tokens: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[str]:
+    """The greedy continuation of each prompt, up to its end-of-turn token or ``max_tokens`` new tokens."""
+    scorer.model.eval()
+    ids = [renderer.prompt(prompt) for prompt in prompts]
+    answers = [""] * len(ids)
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    for start in range(0, len(order), _BATCH):
+        chosen = order[start : start + _BATCH]
+        for index, text in zip(chosen, _continue(scorer, renderer, [ids[index] for index in chosen], max_tokens), strict=True):
+            answers[index] = text
+        advance(len(chosen))
+    return answers
+
+
+def _continue(scorer: Scorer, renderer: Renderer, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[str]:
+    tokenizer = renderer.tokenizer
+    width = max(map(len, prompts))
+    tokens = torch.zeros((len(prompts), width), dtype=torch.int64)
+    attention = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):  # padded on the left, so that all continue at the same place
+        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+        attention[row, width - len(prompt) :] = 1
+    with scorer.autocast():
+        out = scorer.model.generate(
+            input_ids=tokens.to(scorer.device),
+            attention_mask=attention.to(scorer.device),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    return [text.strip() for text in tokenizer.batch_decode(out[:, width:].cpu(), skip_special_tokens=True)]
+
+
+def is_exact(given: str, expected: str) -> bool:
+    """Whether two answers are the same but for case, punctuation and spacing."""
+    return _plain(given) == _plain(expected)
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))

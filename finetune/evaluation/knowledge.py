@@ -1,0 +1,90 @@
+"""Closed-book questions about the facts of a run, by arm: what was learned beyond style.
+
+Trained facts are asked in wordings that no training row has. Facts that were never trained are the control: what they gain is style;
+substance is the gain of trained facts minus the gain of the control (2309.14316 gives the idea of held-out individuals).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from finetune.config.schema import Icd10cm
+from finetune.data.formats import Message
+from finetune.data.icd10cm import Question, questions
+from finetune.data.render import Renderer
+from finetune.evaluation.choices import Item, Judged, judge
+from finetune.evaluation.generation import answer, is_exact
+from finetune.evaluation.results import Measurement
+from finetune.scoring import Scorer
+
+ARMS = {
+    "trained as documents and questions": ("questions",),
+    "trained as documents only": ("documents",),
+    "all trained facts": ("questions", "documents"),
+    "never trained (control)": ("control",),
+}
+
+
+def ask(settings: Icd10cm, wordings: int) -> tuple[Question, ...]:
+    """The test questions about the facts of ``settings``."""
+    return questions(settings, wordings)
+
+
+def measure(
+    scorer: Scorer,
+    renderer: Renderer,
+    asked: Sequence[Question],
+    *,
+    generate: bool,
+    samples: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Measurement:
+    """Answer loss, four-way choice and (with ``generate``) exact match for each arm, and ``samples`` answers."""
+    items = [Item(_prompt(question), question.choices, question.answer) for question in asked]
+    judged = judge(scorer, renderer, items, advance)
+    shown = _samples(asked, samples)
+    wanted = list(range(len(asked))) if generate else shown
+    longest = max((len(renderer.tokenizer(question.answer)["input_ids"]) for question in asked), default=1)
+    texts = answer(scorer, renderer, [items[index].prompt for index in wanted], longest + 4, advance) if wanted else []
+    answers = dict(zip(wanted, texts, strict=True))
+    values: dict[tuple[str, str, int, str], float] = {}
+    for arm, members in ARMS.items():
+        chosen = [index for index, question in enumerate(asked) if question.fact.arm in members]
+        if chosen:
+            values |= _figures(arm, [judged[index] for index in chosen])
+            if generate:
+                exact = [is_exact(answers[index], asked[index].answer) for index in chosen]
+                values[f"{arm}: exact match", "share", len(chosen), _better(arm)] = sum(exact) / len(exact)
+    return Measurement(
+        values, {(_kind(asked[index]), asked[index].prompt[-1]["content"], asked[index].answer): answers[index] for index in shown}
+    )
+
+
+def _prompt(question: Question) -> tuple[Message, ...]:
+    return tuple(Message(**turn) for turn in question.prompt)
+
+
+def _figures(arm: str, judged: Sequence[Judged]) -> dict[tuple[str, str, int, str], float]:
+    tokens = sum(one.answer_tokens for one in judged)
+    return {
+        (f"{arm}: answer loss", "nats/token", len(judged), "lower" if _better(arm) != "same" else "same"): sum(
+            o.answer_loss for o in judged
+        )
+        / tokens,
+        (f"{arm}: four-way choice", "share", len(judged), _better(arm)): sum(one.right for one in judged) / len(judged),
+    }
+
+
+def _better(arm: str) -> str:
+    return "same" if "control" in arm else "higher"
+
+
+def _kind(question: Question) -> str:
+    return next(name for name, members in ARMS.items() if question.fact.arm in members)
+
+
+def _samples(asked: Sequence[Question], count: int) -> list[int]:
+    """``count`` questions, the arms in turn."""
+    by_arm = [[i for i, question in enumerate(asked) if question.fact.arm == arm] for arm in ("questions", "documents", "control")]
+    mixed = [arm[place] for place in range(count) for arm in by_arm if place < len(arm)]
+    return mixed[:count]

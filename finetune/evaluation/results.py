@@ -1,0 +1,70 @@
+"""Figures side by side, and the answers that go with them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measured quantity for every system."""
+
+    task: str
+    name: str
+    """Such as ``trained facts, answer loss``."""
+    unit: str
+    """``nats/token``, ``perplexity`` or ``share``."""
+    n: int
+    """Number of items measured."""
+    values: dict[str, float]
+    """By system."""
+    better: str
+    """``lower``, ``higher``, or ``same`` where no change is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A question and what each system answered."""
+
+    kind: str
+    """Such as ``trained as documents``."""
+    question: str
+    expected: str
+    answers: dict[str, str]
+    """By system."""
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What `finetune eval` found."""
+
+    run: str
+    systems: tuple[str, ...]
+    figures: tuple[Figure, ...]
+    samples: tuple[Sample, ...]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For eval/*.json and `--json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one task found for one system: (name, unit, n, better) -> value, and answers by question."""
+
+    values: dict[tuple[str, str, int, str], float]
+    answers: dict[tuple[str, str, str], str]
+    """(kind, question, expected) -> answer."""
+
+
+def side_by_side(task: str, measured: dict[str, Measurement]) -> tuple[list[Figure], list[Sample]]:
+    """Join the measurements of all systems on equal questions."""
+    first = next(iter(measured.values()))
+    figures = [
+        Figure(task, name, unit, n, {system: found.values[name, unit, n, better] for system, found in measured.items()}, better)
+        for name, unit, n, better in first.values
+    ]
+    samples = [Sample(*key, {system: found.answers[key] for system, found in measured.items()}) for key in first.answers]
+    return figures, samples

@@ -1,0 +1,116 @@
+"""Adapters on a base model through PEFT: attaching, saving, and loading without a tensor left over."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from finetune.config.schema import Full, Lora, Tuning
+from finetune.errors import ConfigError, VerificationError
+from finetune.model.targets import embedding_module, find_targets
+
+WEIGHTS = "adapter_model.safetensors"
+_PEFT_INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "loftq": True}
+
+
+def scale_of(tuning: Lora) -> float:
+    """s in h = Wx + s BAx: alpha/r (2106.09685), or alpha/sqrt(r) for rsLoRA (2312.03732)."""
+    return tuning.alpha / (tuning.rank**0.5 if tuning.scaling == "rslora" else tuning.rank)
+
+
+def lora_config(model: torch.nn.Module, tuning: Lora) -> LoraConfig:
+    """PEFT's configuration for ``tuning`` on ``model``; ConfigError where a target matches nothing."""
+    targets = find_targets(model, tuning)
+    embedding = embedding_module(model)
+    if tuning.init.method == "orthogonal" and tuning.rank % 2:
+        raise ConfigError("orthogonal initialization needs an even rank", where="tuning.rank", fix=f"use {tuning.rank + 1}")
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        use_rslora=tuning.scaling == "rslora",
+        use_dora=tuning.dora,
+        lora_dropout=tuning.dropout,
+        init_lora_weights=_PEFT_INIT[tuning.init.method],
+        target_modules=[*targets, embedding] if tuning.embeddings == "lora" else targets,
+        modules_to_save=[embedding] if tuning.embeddings == "full" else None,
+    )
+
+
+def attach(model: Any, tuning: Tuning) -> Any:
+    """Make ``model`` trainable as ``tuning`` says. Every trainable parameter is fp32 (bf16 loses small updates, pitfall A12)."""
+    if isinstance(tuning, Full):
+        model.requires_grad_(True)
+        trained = model
+    else:
+        trained = get_peft_model(model, lora_config(model, tuning))
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trained
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Trainable parameters by name; a tied tensor appears once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """All scalars of the model; a 4-bit weight counts what it stands for, not its packed bytes."""
+    return sum(_logical_size(parameter) for parameter in model.parameters())
+
+
+def _logical_size(parameter: torch.nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def save(model: Any, directory: Path) -> None:
+    """Write the adapter in PEFT's format (or, for full tuning, the model), then read it back (pitfall B9).
+
+    Embedding matrices that only carry a LoRA are not copied into the file.
+    """
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(directory)
+        return
+    model.save_pretrained(directory, save_embedding_layers=False, safe_serialization=True)
+    (directory / "README.md").unlink(missing_ok=True)  # PEFT's template; ours is written with the run's figures
+    _require_equal(model, directory)
+
+
+def load(base: Any, directory: Path, *, is_trainable: bool = False) -> Any:
+    """``base`` with the adapter of ``directory``: every tensor of the file is used and none is missing (pitfall A4)."""
+    try:
+        model = PeftModel.from_pretrained(base, directory, is_trainable=is_trainable, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise VerificationError(
+            f"cannot load the adapter: {error}", where=str(directory), fix="name the adapter of the same base model"
+        ) from error
+    _require_equal(model, directory)
+    return model
+
+
+def _require_equal(model: Any, directory: Path) -> None:
+    live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    stored = load_file(directory / WEIGHTS)
+    for name in sorted(set(live) | set(stored)):
+        if name not in stored or name not in live:
+            raise VerificationError(
+                f"the adapter tensor {name} is {'not used by the model' if name in stored else 'missing'}", where=str(directory / WEIGHTS)
+            )
+        if not torch.equal(live[name].detach().cpu(), stored[name].to(live[name].dtype)):
+            raise VerificationError(
+                f"the adapter tensor {name} differs from the file", where=str(directory / WEIGHTS), fix="save or copy it again"
+            )
+    if not stored:
+        raise VerificationError("the adapter file is empty", where=str(directory / WEIGHTS), fix="train again")
+
+
+def is_adapter(model: torch.nn.Module) -> bool:
+    """Whether ``model`` carries a PEFT adapter that can be switched off."""
+    return isinstance(model, PeftModel)

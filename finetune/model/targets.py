@@ -1,0 +1,93 @@
+"""Which modules an adapter goes to, and the role of each parameter."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from finetune.config.schema import Lora, RegexTargets
+from finetune.errors import ConfigError, Problem
+
+ROLES = ("embeddings", "attention", "mlp", "lm_head", "norms", "lora-a", "lora-b", "magnitudes")
+"""Roles that `optimizer.groups` may name."""
+
+_ATTENTION = re.compile(r"\.(self_attn|attn|attention|self_attention)\.")
+_MLP = re.compile(r"\.(mlp|feed_forward|ffn|block_sparse_moe|experts?)\.")
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embeddings|embed_in)(\.|$)")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)(\.|$)")
+_NORM = re.compile(r"norm[^.]*(\.|$)|\.ln_[^.]*\.", re.IGNORECASE)
+
+
+def roles_of(parameter: str) -> tuple[str, ...]:
+    """Every role that a parameter's full name has, such as ``("lora-b", "attention")``."""
+    tests = {
+        "magnitudes": "lora_magnitude_vector" in parameter,
+        "lora-a": ".lora_A." in parameter or "lora_embedding_A" in parameter,
+        "lora-b": ".lora_B." in parameter or "lora_embedding_B" in parameter,
+        "embeddings": bool(_EMBEDDINGS.search(parameter)),
+        "lm_head": bool(_HEAD.search(parameter)),
+        # q_norm and k_norm inside attention are norms first: their decay and rate follow other norms.
+        "norms": bool(_NORM.search(parameter)),
+        "attention": bool(_ATTENTION.search(parameter)),
+        "mlp": bool(_MLP.search(parameter)),
+    }
+    return tuple(role for role, found in tests.items() if found)
+
+
+def linear_modules(model: torch.nn.Module) -> list[str]:
+    """Names of every linear module but the output head, quantized ones included."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not output]
+
+
+def embedding_module(model: torch.nn.Module) -> str:
+    """Name of the input embedding."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return next(name for name, module in model.named_modules() if module is embedding)
+
+
+def find_targets(model: torch.nn.Module, tuning: Lora) -> list[str]:
+    """Full names of the linear modules that ``tuning.targets`` means.
+
+    Raises ConfigError where a name or pattern matches none, with the names that exist (pitfall A11).
+    """
+    names = linear_modules(model)
+    targets = tuning.targets
+    if isinstance(targets, RegexTargets):
+        found = [name for name in names if re.search(targets.regex, name)]
+        return found or _refuse([targets.regex], names)
+    if not isinstance(targets, str):
+        return _by_name(names, targets)
+    pattern = {"attention": _ATTENTION, "mlp": _MLP, "all-linear": re.compile("")}[targets]
+    found = [name for name in names if pattern.search(f".{name}.")]
+    return found or _refuse([targets], names)
+
+
+def _by_name(names: Sequence[str], targets: Sequence[str]) -> list[str]:
+    unmatched = [target for target in targets if not any(_is_named(name, target) for name in names)]
+    if unmatched:
+        return _refuse(unmatched, names)
+    return [name for name in names if any(_is_named(name, target) for target in targets)]
+
+
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _refuse(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
+    problems = []
+    for pattern in patterns:
+        near = difflib.get_close_matches(pattern, kinds, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        problems.append(
+            Problem(
+                f"no linear module of this model matches the target {pattern!r}",
+                "tuning.targets",
+                f"{hint}The model has {', '.join(kinds)}",
+            )
+        )
+    raise ConfigError.from_problems(problems)

@@ -1,0 +1,75 @@
+"""Every "auto" of the configuration, decided once, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from finetune.config.schema import Config, FourBit
+from finetune.hardware import Machine
+
+T = TypeVar("T")
+Precision = Literal["bf16", "fp32"]
+
+_CPU_MICRO_BATCH_TOKENS = 1024
+_GPU_MICRO_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Generic[T]):
+    """A value and the sentence that says why."""
+
+    value: T
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What the configuration left open."""
+
+    precision: Choice[Precision]
+    compute_dtype: Choice[Precision]
+    """Type that a quantized base is dequantized to."""
+    tokens_per_device: Choice[int]
+    gradient_checkpointing: Choice[bool]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For plan.json."""
+        return asdict(self)
+
+
+def resolve(config: Config, machine: Machine) -> Resolved:
+    """Decide every "auto" of ``config`` for ``machine``."""
+    precision = _precision(config, machine)
+    return Resolved(precision, _compute_dtype(config, precision), _tokens(config, machine), _checkpointing(config, machine))
+
+
+def _precision(config: Config, machine: Machine) -> Choice[Precision]:
+    if config.train.precision != "auto":
+        return Choice(config.train.precision, "stated in train.precision")
+    if machine.bf16:
+        return Choice("bf16", f"{machine.name} multiplies bf16 matrices in hardware")
+    return Choice("fp32", f"{machine.name} has no bf16 matrix instructions")
+
+
+def _compute_dtype(config: Config, precision: Choice[Precision]) -> Choice[Precision]:
+    if isinstance(config.quantization, FourBit) and config.quantization.compute_dtype != "auto":
+        return Choice(config.quantization.compute_dtype, "stated in quantization.compute_dtype")
+    return Choice(precision.value, f"follows the precision ({precision.reason})")
+
+
+def _tokens(config: Config, machine: Machine) -> Choice[int]:
+    if config.train.tokens_per_device != "auto":
+        return Choice(config.train.tokens_per_device, "stated in train.tokens_per_device")
+    usual = _GPU_MICRO_BATCH_TOKENS if machine.kind == "cuda" else _CPU_MICRO_BATCH_TOKENS
+    if config.data.max_tokens > usual:
+        return Choice(config.data.max_tokens, "one example of data.max_tokens must fit")
+    return Choice(usual, f"enough to keep a {machine.kind} busy; larger micro-batches only cost memory")
+
+
+def _checkpointing(config: Config, machine: Machine) -> Choice[bool]:
+    if config.train.gradient_checkpointing != "auto":
+        return Choice(config.train.gradient_checkpointing, "stated in train.gradient_checkpointing")
+    if machine.kind == "cuda":
+        return Choice(True, "GPU memory is the usual limit; recomputing costs about a third more time")
+    return Choice(False, "host memory is plentiful, and recomputing costs about 40 % more time on a CPU")

@@ -1,0 +1,53 @@
+"""The result of a run: adapter (or model), tokenizer, chat template and model card in one sealed directory."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finetune.config.schema import Config, Full
+from finetune.model.adapters import save
+from finetune.model.correction import FILE as LOFTQ_FILE
+from finetune.runs import RunDirectory, sealed_directory, write_json, write_text
+from finetune.training.checkpoints import Progress, load_weights
+
+
+def export(run: RunDirectory, config: Config, tokenizer: Any, model: Any, progress: Progress) -> Path:
+    """Write the final adapter, or the best one where early stopping was on; returns its directory."""
+    step = progress.step
+    if config.train.early_stopping is not None and progress.best_step is not None:
+        step = progress.best_step
+        load_weights(run.checkpoint(step), model)
+    destination = run.model if isinstance(config.tuning, Full) else run.adapter
+    with sealed_directory(destination) as directory:
+        save(model, directory)
+        tokenizer.save_pretrained(directory)
+        if (run.path / LOFTQ_FILE).is_file():
+            shutil.copyfile(run.path / LOFTQ_FILE, directory / LOFTQ_FILE)
+        write_json(directory / "training.json", {"step": step, "best_step": progress.best_step, "validation_loss": progress.best_loss})
+        write_text(directory / "README.md", _card(config, step, progress))
+    return destination
+
+
+def _card(config: Config, step: int, progress: Progress) -> str:
+    """A model card with the metadata that model hubs read."""
+    loss = "not measured" if progress.best_loss is None else f"{progress.best_loss:.4f} nats a supervised token (step {progress.best_step})"
+    library = "transformers" if isinstance(config.tuning, Full) else "peft"
+    sources = "\n".join(f"- {source.source}" for source in config.data.train)
+    return f"""---
+base_model: {config.model.id}
+library_name: {library}
+tags: [finetune, {config.tuning.method}]
+---
+
+# {Path(config.output).name}
+
+Tuned from `{config.model.id}` with `finetune`: {config.tuning.method} on a base quantized as `{config.quantization.method}`,
+{step} optimizer steps of {config.train.batch_size} examples.
+
+Best validation loss: {loss}.
+
+Trained on:
+{sources}
+"""

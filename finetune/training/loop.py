@@ -1,0 +1,193 @@
+"""The training loop: the gradient of a step depends on the global batch alone.
+
+For each optimizer step, the losses of all supervised tokens of the global batch are summed, whatever micro-batch or device they fall on,
+and divided once by their number. Micro-batches are accumulated without a word to the host; devices add up their gradients once a step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from finetune.config.schema import Config
+from finetune.data.batches import collate
+from finetune.data.prepare import PreparedData
+from finetune.errors import DivergedError, InterruptedRun, VerificationError
+from finetune.model.adapters import trainable
+from finetune.model.head import target_losses
+from finetune.planning.steps import Steps
+from finetune.scoring import Scorer
+from finetune.training.batching import dropout_seed, global_batch, micro_batches, share
+from finetune.training.checkpoints import Progress
+from finetune.training.metrics import Evaluated, StepDone
+from finetune.training.optimizer import ParameterGroup, rate_factor, set_rates
+from finetune.training.signals import StopRequest
+
+
+@dataclass(slots=True)
+class Session:
+    """Everything a step needs, built before the first one."""
+
+    config: Config
+    steps: Steps
+    data: PreparedData
+    scorer: Scorer
+    optimizer: torch.optim.Optimizer
+    groups: list[ParameterGroup]
+    accelerator: Any
+    record: Callable[[StepDone | Evaluated], None]
+    """Where rows go: metrics.jsonl and whoever watches."""
+    save: Callable[[Progress], None]
+    """Write a checkpoint."""
+    lengths: list[int] = field(init=False)
+    parameters: dict[str, torch.nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lengths = [len(example.ids) for example in self.data.train]
+        self.parameters = trainable(self.scorer.model)
+
+
+def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
+    """Train from ``progress`` to the end of the run.
+
+    Raises DivergedError for a loss or gradient that is not finite (nothing of that step is kept), InterruptedRun after a signal, with a
+    checkpoint saved, VerificationError where a trainable tensor receives no gradient or never changes.
+    """
+    start = _sums(session.parameters)
+    first = progress.step
+    while progress.step < session.steps.total and not progress.stopped_early:
+        row = _optimizer_step(session, progress.step, check_gradients=progress.step == first)
+        session.record(row)
+        progress = progress.advanced(
+            step=row.step, tokens=progress.tokens + row.tokens, supervised_tokens=progress.supervised_tokens + row.supervised_tokens
+        )
+        improved = False
+        if session.data.validation and _due(row.step, session.config.train.evaluate.every_steps, session.steps):
+            progress, improved = _validate(session, progress)
+        stopping = _any_device(session, bool(stop))
+        if improved or stopping or progress.stopped_early or _due(row.step, session.config.train.checkpoint.every_steps, session.steps):
+            session.save(progress)
+        if stopping and progress.step < session.steps.total:
+            raise InterruptedRun(
+                f"stopped after step {progress.step} of {session.steps.total}; a checkpoint is saved",
+                signal_number=stop.signal_number or 15,
+            )
+    if progress.step > first + 1:
+        _require_change(start, _sums(session.parameters))
+    return progress
+
+
+def _due(step: int, every: int | None, steps: Steps) -> bool:
+    return step == steps.total or step % (every or steps.per_epoch) == 0
+
+
+def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> StepDone:
+    """Optimizer step number ``step`` (0-based)."""
+    began = time.perf_counter()
+    config, train, accelerator = session.config, session.data.train, session.accelerator
+    indices = global_batch(len(train), config.train.batch_size, config.seed, step)
+    supervised = sum(sum(train[index].mask[1:]) for index in indices)
+    set_rates(session.optimizer, rate_factor(config.schedule, session.steps, step))
+    session.scorer.model.train()
+    loss = torch.zeros((), device=session.scorer.device)
+    pieces = micro_batches(indices, session.lengths, session.scorer.max_tokens)
+    for number, piece in share(pieces, accelerator.process_index, accelerator.num_processes):
+        loss += _backward(session, piece, dropout_seed(config.seed, step, number), supervised)
+    if accelerator.num_processes > 1:
+        loss = accelerator.reduce(loss, "sum")
+        _add_gradients(session)
+    if check_gradients:
+        _require_gradients(session.parameters)
+    norm = torch.nn.utils.clip_grad_norm_(session.parameters.values(), config.train.max_grad_norm or math.inf)
+    values = (float(loss), float(norm))
+    if not all(math.isfinite(value) for value in values):
+        raise _diverged(step + 1, values, [train[index].where for index in indices])
+    session.optimizer.step()
+    session.optimizer.zero_grad(set_to_none=True)
+    return StepDone(
+        step=step + 1,
+        epoch=(step + 1) / session.steps.per_epoch,
+        loss=values[0],
+        grad_norm=values[1],
+        learning_rates={group.name: state["lr"] for group, state in zip(session.groups, session.optimizer.param_groups, strict=True)},
+        tokens=sum(session.lengths[index] for index in indices),
+        supervised_tokens=supervised,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _backward(session: Session, piece: list[int], seed: int, supervised: int) -> torch.Tensor:
+    """Add one micro-batch's share of the gradient; returns its share of the loss, still on the device."""
+    batch = collate([session.data.train[index] for index in piece]).to(session.scorer.device)
+    torch.manual_seed(seed)
+    with session.scorer.autocast():
+        losses = target_losses(session.scorer.model, batch.ids, batch.attention, batch.supervised)
+    loss = losses.sum() / supervised
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def _add_gradients(session: Session) -> None:
+    """Sum gradients over devices; one that had no micro-batch adds zero."""
+    for parameter in session.parameters.values():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = session.accelerator.reduce(gradient, "sum")
+
+
+def _any_device(session: Session, flag: bool) -> bool:
+    if session.accelerator.num_processes == 1:
+        return flag
+    return bool(session.accelerator.reduce(torch.tensor(float(flag), device=session.scorer.device), "sum") > 0)
+
+
+def _validate(session: Session, progress: Progress) -> tuple[Progress, bool]:
+    """Validation loss; whether it is the best so far."""
+    began = time.perf_counter()
+    loss = session.scorer.mean_loss(session.data.validation)
+    early = session.config.train.early_stopping
+    margin = early.min_delta if early else 0.0
+    improved = progress.best_loss is None or loss < progress.best_loss - margin
+    session.record(Evaluated(progress.step, loss, time.perf_counter() - began, improved))
+    if improved:
+        return progress.advanced(best_loss=loss, best_step=progress.step, evaluations_without_gain=0), True
+    waited = progress.evaluations_without_gain + 1
+    return progress.advanced(evaluations_without_gain=waited, stopped_early=early is not None and waited >= early.patience), False
+
+
+def _diverged(step: int, values: tuple[float, float], rows: list[str]) -> DivergedError:
+    shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+    return DivergedError(
+        f"the loss ({values[0]}) or the gradient's norm ({values[1]}) is not finite in step {step}; the step was not applied",
+        where=f"rows {shown}",
+        fix="lower optimizer.learning_rate or lengthen the warm-up; the last checkpoint is intact",
+    )
+
+
+def _require_gradients(parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Every trainable tensor takes part in the loss (pitfall A11)."""
+    idle = [name for name, parameter in parameters.items() if parameter.grad is None]
+    if idle:
+        raise VerificationError(
+            f"{len(idle)} trainable tensors receive no gradient, first {idle[0]}",
+            where="the first step",
+            fix="remove their modules from tuning.targets",
+        )
+
+
+def _sums(parameters: dict[str, torch.nn.Parameter]) -> dict[str, tuple[float, float]]:
+    return {name: (float(p.detach().double().sum()), float(p.detach().double().square().sum())) for name, p in parameters.items()}
+
+
+def _require_change(before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]]) -> None:
+    still = [name for name, sums in before.items() if sums == after[name]]
+    if still:
+        raise VerificationError(
+            f"{len(still)} trainable tensors did not change, first {still[0]}",
+            where="the whole run",
+            fix="raise their learning rate or remove their modules",
+        )

@@ -1,0 +1,95 @@
+"""What a run tells while it trains: metrics.jsonl for tomorrow, events for whoever watches now."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.planning.steps import Steps
+from finetune.runs import RunDirectory, write_text
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Everything is built; step ``done`` + 1 is next."""
+
+    steps: Steps
+    done: int
+    trainable: int
+    """Trainable scalars."""
+    total: int
+    """All scalars, quantized ones counted unpacked."""
+    groups: tuple[dict[str, Any], ...]
+    counts: dict[str, int]
+    choices: dict[str, tuple[str, str]]
+    """Each "auto": what was chosen and why."""
+    notes: tuple[str, ...]
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """One optimizer step."""
+
+    step: int
+    """1-based."""
+    epoch: float
+    loss: float
+    """Nats a supervised token over the global batch."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rates: dict[str, float]
+    tokens: int
+    """Tokens of the global batch, padding not counted."""
+    supervised_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Validation loss after a step."""
+
+    step: int
+    validation_loss: float
+    seconds: float
+    best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved:
+    """A sealed checkpoint."""
+
+    step: int
+    path: Path
+
+
+Event = Started | StepDone | Evaluated | CheckpointSaved
+Observer = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The observer that nobody watches."""
+    del event
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, appended as it happens."""
+
+    def __init__(self, run: RunDirectory, from_step: int) -> None:
+        """Continue after ``from_step``; rows beyond it were written by steps that a kill undid, and are dropped."""
+        self._path = run.metrics
+        rows = [row for row in run.metric_rows() if row.get("step", 0) <= from_step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def append(self, event: StepDone | Evaluated) -> None:
+        """Write one row; a single write call, so that a kill cuts at most the last line."""
+        row = {"kind": "step" if isinstance(event, StepDone) else "evaluation", **asdict(event)}
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, (json.dumps(row, allow_nan=False) + "\n").encode())
+        finally:
+            os.close(descriptor)

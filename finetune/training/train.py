@@ -1,0 +1,182 @@
+"""A training run from configuration to sealed adapter, in the order in which things may fail cheaply."""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from finetune.config.dump import dump_config
+from finetune.config.schema import Config
+from finetune.data.prepare import PreparedData, prepare
+from finetune.data.render import Renderer
+from finetune.errors import VerificationError
+from finetune.hardware import detect, environment
+from finetune.model.adapters import count_parameters, trainable
+from finetune.model.builtin import fingerprint, resolve_model
+from finetune.model.load import load_tokenizer
+from finetune.model.loftq import save_base_correction
+from finetune.planning.resolve import Resolved, resolve
+from finetune.planning.steps import Steps, count_steps
+from finetune.runs import RunDirectory, create_run, locked, open_run, read_json, write_json, write_text
+from finetune.scoring import Scorer
+from finetune.training.build import Built, build_model
+from finetune.training.checkpoints import Progress, load_checkpoint, rotate, save_checkpoint
+from finetune.training.export import export
+from finetune.training.loop import Session, fit
+from finetune.training.metrics import CheckpointSaved, Evaluated, MetricsFile, Observer, Started, StepDone, ignore
+from finetune.training.optimizer import ParameterGroup, assign_groups, build_optimizer
+from finetune.training.resume import identity, require_same
+from finetune.training.signals import stop_on_signals
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is known before a weight is loaded."""
+
+    base: Path
+    """Directory of the base model."""
+    renderer: Renderer
+    data: PreparedData
+    resolved: Resolved
+    steps: Steps
+
+
+def gather(config: Config) -> Inputs:
+    """Find the model, prepare the data and decide every "auto"; nothing is written."""
+    base = resolve_model(config.model.id, config.model.revision)
+    renderer = Renderer(load_tokenizer(base))
+    data = prepare(config.data, renderer, config.seed)
+    return Inputs(base, renderer, data, resolve(config, detect()), count_steps(config, len(data.train)))
+
+
+def train(config: Config, observer: Observer = ignore, *, resume: bool = False) -> RunDirectory:
+    """Train as ``config`` says and return the run directory; with ``resume`` continue the run that lies there.
+
+    Raises the errors of `finetune.errors`; whatever is wrong with configuration, data or targets is known before anything is written.
+    """
+    run = RunDirectory(Path(config.output))
+    if resume:
+        if open_run(run.path).trained() is not None:
+            return run
+    elif run.path.exists():
+        create_run(run.path)  # refuses what is not empty
+    inputs = gather(config)
+    # Process groups exist only from here on: slow preparation on one rank cannot time out another (pitfall B4).
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    with stop_on_signals() as stop:
+        set_seed(config.seed)  # before the model is built: the seed must reach the adapter's initialization (pitfall A13)
+        parts = _build(config, inputs, accelerator, run.path if resume else None)
+        with locked(run.path) if accelerator.is_main_process else nullcontext():
+            start = _begin(run, config, parts, resume=resume)
+            session = _session(start, config, parts, observer)
+            observer(_started(config, parts, start.progress.step))
+            if not resume:
+                session.save(start.progress)  # proves before the first step that a checkpoint can be written (pitfall B7)
+            progress = fit(session, start.progress, stop)
+            if accelerator.is_main_process:
+                export(run, config, inputs.renderer.tokenizer, parts.built.model, progress)
+            accelerator.wait_for_everyone()
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """All that is built before the run directory is touched."""
+
+    inputs: Inputs
+    built: Built
+    groups: list[ParameterGroup]
+    optimizer: torch.optim.Optimizer
+    accelerator: Any
+
+
+def _build(config: Config, inputs: Inputs, accelerator: Any, resumed: Path | None) -> _Parts:
+    built = build_model(config, inputs.base, inputs.resolved, accelerator.device, resumed)
+    parameters = trainable(built.model)
+    groups = assign_groups(parameters, config.optimizer)
+    return _Parts(inputs, built, groups, build_optimizer(parameters, groups, config.optimizer), accelerator)
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A run directory that is ready to be written, and where the run stands."""
+
+    run: RunDirectory
+    run_id: str
+    progress: Progress
+
+
+def _begin(run: RunDirectory, config: Config, parts: _Parts, *, resume: bool) -> _Start:
+    """Create the run directory and its records, or check that the one on disk is the same run and load its newest checkpoint."""
+    inputs, built = parts.inputs, parts.built
+    prints = {"data": inputs.data.fingerprint, "base": fingerprint(inputs.base), "chat template": inputs.renderer.template_hash}
+    now = identity(config, prints, trainable(built.model))
+    if resume:
+        require_same(run, now)
+    elif parts.accelerator.is_main_process:
+        create_run(run.path)
+        write_text(run.config, dump_config(config))
+        write_json(run.plan, {"steps": asdict(inputs.steps), "resolved": inputs.resolved.as_dict(), "data": inputs.data.counts})
+        if built.loftq is not None:
+            save_base_correction(run.path, built.loftq)
+        write_json(
+            run.environment,
+            environment() | {"run_id": uuid.uuid4().hex, "started": datetime.now(UTC).isoformat(), "seed": config.seed, "identity": now},
+        )
+    parts.accelerator.wait_for_everyone()
+    run_id = str(read_json(run.environment)["run_id"])
+    return _Start(run, run_id, _load_newest(run, run_id, parts) if resume else Progress())
+
+
+def _load_newest(run: RunDirectory, run_id: str, parts: _Parts) -> Progress:
+    found = run.newest_checkpoint()
+    if found is None:
+        raise VerificationError("no checkpoint of this run is intact", where=str(run.path), fix="start again with another output")
+    return load_checkpoint(found, run_id, parts.built.model, parts.optimizer)
+
+
+def _session(start: _Start, config: Config, parts: _Parts, observer: Observer) -> Session:
+    inputs, accelerator = parts.inputs, parts.accelerator
+    metrics = MetricsFile(start.run, start.progress.step) if accelerator.is_main_process else None
+
+    def record(event: StepDone | Evaluated) -> None:
+        if metrics is not None:
+            metrics.append(event)
+            observer(event)
+
+    def save(progress: Progress) -> None:
+        if metrics is not None:
+            path = save_checkpoint(start.run, start.run_id, parts.built.model, parts.optimizer, progress)
+            rotate(start.run, config.train.checkpoint.keep, progress.best_step)
+            observer(CheckpointSaved(progress.step, path))
+        accelerator.wait_for_everyone()
+
+    scorer = Scorer(parts.built.model, accelerator.device, inputs.resolved.precision.value, inputs.resolved.tokens_per_device.value)
+    return Session(config, inputs.steps, inputs.data, scorer, parts.optimizer, parts.groups, accelerator, record, save)
+
+
+def _started(config: Config, parts: _Parts, done: int) -> Started:
+    resolved, counts = parts.inputs.resolved, parts.inputs.data.counts
+    return Started(
+        steps=parts.inputs.steps,
+        done=done,
+        trainable=sum(parameter.numel() for parameter in trainable(parts.built.model).values()),
+        total=count_parameters(parts.built.model),
+        groups=tuple(group.summary() for group in parts.groups),
+        counts=counts,
+        choices={
+            "precision": (resolved.precision.value, resolved.precision.reason),
+            "tokens a micro-batch": (str(resolved.tokens_per_device.value), resolved.tokens_per_device.reason),
+            "gradient checkpointing": ("on" if resolved.gradient_checkpointing.value else "off", resolved.gradient_checkpointing.reason),
+        },
+        notes=parts.built.notes,
+        device=f"{parts.accelerator.num_processes} x {parts.accelerator.device.type}, base {config.quantization.method}",
+    )

@@ -1,0 +1,151 @@
+"""Fixtures of all tests: a tiny random Llama with a real byte-level tokenizer, and a way to run the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXT = "Doctors also call this condition by another name. What is the official title of the disease? Answer with the title only, please."
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A byte-level BPE tokenizer with ChatML turns, where padding and end of turn are one token (as in SmolLM2)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(
+        [TEXT],
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast.chat_template = CHATML
+    fast.save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with only the tokenizer."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(tied=True, seed=0, **config) -> directory of a random 2-layer Llama in bf16 with its tokenizer."""
+
+    def make(*, tied: bool = True, seed: int = 0, **changes: object) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        directory = tmp_path_factory.mktemp("model")
+        write_tokenizer(directory)
+        settings = {
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": tied,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+        }
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**(settings | changes))).to(torch.bfloat16)
+        model.save_pretrained(directory)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(make_tiny_model: Callable[..., Path]) -> Path:
+    """A tied random Llama that nobody changes."""
+    return make_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 short conversations of different lengths."""
+    path = tmp_path_factory.mktemp("data") / "chat.jsonl"
+    words = TEXT.split()
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": " ".join(words[: 2 + number % 9])},
+                {"role": "assistant", "content": f"Title {number} " + "of it " * (number % 5)},
+            ]
+        }
+        for number in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, tiny_model_dir: Path, chat_file: Path) -> Callable[..., Path]:
+    """(**sections) -> path of a small runnable config; sections replace or extend the default ones."""
+
+    def write(name: str = "run.yaml", **sections: object) -> Path:
+        config: dict[str, object] = {
+            "model": {"id": str(tiny_model_dir)},
+            "tuning": {"method": "lora", "rank": 4, "alpha": 8, "targets": "all-linear"},
+            "optimizer": {"learning_rate": 0.01},
+            "data": {"train": [{"source": str(chat_file)}], "validation": {"fraction": 0.2}, "max_tokens": 256},
+            "train": {"epochs": 2, "batch_size": 8, "precision": "fp32", "tokens_per_device": 256},
+            "output": str(tmp_path / "run"),
+        }
+        path = tmp_path / name
+        path.write_text(json.dumps(config | sections, indent=1))  # JSON is YAML
+        return path
+
+    return write
+
+
+class Finished:
+    """A command that ran."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture(scope="session")
+def finetune() -> Callable[..., Finished]:
+    """Run `finetune ARGUMENTS` in a subprocess as a user would."""
+
+    def run(*arguments: object, cwd: Path | None = None, timeout: float = 300, **environment: str) -> Finished:
+        done = subprocess.run(
+            [sys.executable, "-m", "finetune", *map(str, arguments)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env={**os.environ, "COLUMNS": "100", **environment},
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    return run
