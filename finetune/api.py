@@ -1,6 +1,7 @@
 """The verbs of finetune for programs and for the command line.
 
-Heavy libraries are imported inside the functions, so that `finetune --help` and `finetune config check` answer at once.
+Every library, pydantic included, is imported inside the functions, so that `finetune --help` answers at once and only the commands that
+need torch load it.
 """
 
 from __future__ import annotations
@@ -9,22 +10,36 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.config.load import Loaded, load_config
-from finetune.config.shipped import find_config
-from finetune.hardware import prepare_process
-from finetune.runs import RunDirectory, open_run
-
 if TYPE_CHECKING:
+    from finetune.config.load import Loaded
     from finetune.config.schema import Config
+    from finetune.data.render import Example, Renderer
     from finetune.evaluation.results import Results
+    from finetune.runs import RunDirectory
     from finetune.training.metrics import Observer
 
-__all__ = ["evaluate", "find_config", "launch", "load_config", "merge", "prepare_data", "read_run_config", "report", "train"]
+__all__ = ["evaluate", "launch", "load_config", "places", "prepare_data", "report", "stored_results", "train"]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+    """The validated configuration of a YAML file; ConfigError with every problem at once."""
+    from finetune.config.load import load_config as load
+
+    return load(path, overrides)
+
+
+def prepare_data(config: Config) -> tuple[Renderer, Sequence[Example], Sequence[Example], dict[str, int]]:
+    """The renderer, training and validation examples and counts, as `train` would see them."""
+    _prepare_process()
+    from finetune.training.train import gather
+
+    inputs = gather(config)
+    return inputs.renderer, inputs.data.train, inputs.data.validation, inputs.data.counts
 
 
 def train(config: Config, observer: Observer | None = None, *, resume: bool = False) -> RunDirectory:
     """Train as ``config`` says; returns the finished run directory."""
-    prepare_process()
+    _prepare_process()
     from finetune.training.metrics import ignore
     from finetune.training.train import train as run_training
 
@@ -33,30 +48,52 @@ def train(config: Config, observer: Observer | None = None, *, resume: bool = Fa
 
 def launch(arguments: Sequence[str], devices: int | None) -> int | None:
     """Start one worker a device where more than one is wanted; returns their exit code, or None where this process is to train alone."""
-    prepare_process()
+    _prepare_process()
     from finetune.training.launch import launch as start_workers
 
     return start_workers(arguments, devices)
-
-
-def read_run_config(run: RunDirectory, overrides: Sequence[str] = ()) -> Loaded:
-    """The resolved configuration that a run was trained with."""
-    return load_config(run.config, overrides)
 
 
 def evaluate(
     run: Path, models: Sequence[Path] = (), overrides: Sequence[str] = (), progress: Callable[[str, str, int], None] = lambda *_: None
 ) -> Results:
     """Measure a finished run against its base, and further model directories on the same questions."""
-    prepare_process()
+    _prepare_process()
     from finetune.evaluation.evaluate import evaluate as measure
+    from finetune.runs import open_run
 
     found = open_run(run)
-    return measure(found, read_run_config(found, overrides).config, models, progress)
+    return measure(found, load_config(found.config, overrides).config, models, progress)
+
+
+def stored_results(run: Path) -> Results | None:
+    """What the last evaluation of ``run`` found; None where there was none."""
+    from finetune.evaluation.results import read_results
+    from finetune.runs import open_run
+
+    return read_results(open_run(run))
+
+
+def places(run: Path) -> dict[str, Path]:
+    """Where the parts of a run lie, those that exist."""
+    from finetune.runs import open_run, read_json
+
+    found = open_run(run)
+    merge_record = found.path / "merge.json"
+    merged = {"merged model": Path(read_json(merge_record)["destination"])} if merge_record.is_file() else {}
+    parts = {"run": found.path, "adapter": found.adapter, "model": found.model, **merged}
+    return {name: path for name, path in parts.items() if path.exists()}
 
 
 def report(run: Path) -> Path:
     """Write the page of a run from its files; returns the path of report.html."""
     from finetune.reporting.html import write_report
+    from finetune.runs import open_run
 
     return write_report(open_run(run))
+
+
+def _prepare_process() -> None:
+    from finetune.hardware import prepare_process
+
+    prepare_process()

@@ -1,4 +1,7 @@
-"""The command line: one function a command, each a few lines over `finetune.api`."""
+"""The command line: one function a command, each a few lines over `finetune.api`.
+
+What draws (rich) is imported inside the commands, so that `finetune --help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ import click
 import typer
 
 from finetune import __version__, api
-from finetune.cli import config_commands, view
+from finetune.cli import config_commands, data_commands
+from finetune.cli.options import ConfigPath, Json, Overrides, RunPath
 from finetune.errors import FinetuneError
 
 app = typer.Typer(
@@ -23,20 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(config_commands.app, name="config")
-app.command("init")(config_commands.init)
-
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; `configs/quickstart.yaml` and others ship with the package.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory written by `finetune train`.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("-o", "--override", metavar="KEY=VALUE", help="Replace one value, such as `-o train.epochs=3`.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, everything else on stderr.")]
 
 
 def _version(shown: bool) -> None:
     if shown:
-        view.out.print(f"finetune {__version__}")
+        typer.echo(f"finetune {__version__}")
         raise typer.Exit
 
 
@@ -51,9 +46,14 @@ def common(
         os.environ["FINETUNE_DEBUG"] = "1"
 
 
+app.command("init")(config_commands.init)
+app.add_typer(config_commands.app, name="config")
+app.add_typer(data_commands.app, name="data")
+
+
 @app.command()
 def train(
-    config: Config,
+    config: ConfigPath,
     override: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that lies in the output directory.")] = False,
     devices: Annotated[int | None, typer.Option("--devices", min=1, help="Worker processes, one a device. Default: all GPUs.")] = None,
@@ -61,24 +61,25 @@ def train(
 ) -> None:
     """Train as CONFIG says; prints the run directory last.
 
-    Checks configuration, data and targets before anything is written. Ctrl-C or SIGTERM finishes the step, saves a checkpoint and says
-    how to resume.
+    Configuration, data and targets are checked before anything is written. Ctrl-C or SIGTERM finishes the step, saves a checkpoint and
+    says how to resume.
     """
+    from finetune.cli import view
+
     loaded = api.load_config(config, override or ())
     code = api.launch(sys.argv[1:], devices)
     if code is not None:
         raise typer.Exit(code)
-    is_first = os.environ.get("RANK", "0") == "0"
     with view.TrainingView().running() as watching:
-        run = api.train(loaded.config, watching if is_first else None, resume=resume)
-    if is_first:
+        run = api.train(loaded.config, watching if _is_first() else None, resume=resume)
+    if _is_first():
         api.report(run.path)
         _print_path("run", run.path, as_json=as_json)
 
 
 @app.command("eval")
 def evaluate(
-    run: Run,
+    run: RunPath,
     models: Annotated[
         list[Path] | None, typer.Argument(metavar="[MODEL]...", help="Further model directories, such as a merged one.")
     ] = None,
@@ -89,25 +90,46 @@ def evaluate(
 
     Keeps the figures in RUN/eval/results.json and refreshes RUN/report.html.
     """
+    from finetune.cli import view
+
     with view.counting("measuring") as advance:
         results = api.evaluate(run, models or (), override or (), lambda task, system, count: advance(f"{task}, {system}", count))
-    report = api.report(run)
+    page = api.report(run)
     if as_json:
-        sys.stdout.write(json.dumps(results.as_dict(), indent=2) + "\n")
+        _print_json(results.as_dict())
         return
-    view.out.print(view.results_table(results))
-    view.show_samples(results.samples)
-    view.note(f"\nmeasured in {results.seconds:.0f} s; figures in {run / 'eval' / 'results.json'}, page in {report}")
+    view.show_results(results)
+    view.note(f"\nmeasured in {results.seconds:.0f} s; figures in {run / 'eval' / 'results.json'}, page in {page}")
 
 
 @app.command()
-def report(run: Run, as_json: Json = False) -> None:
-    """Write RUN/report.html: curves, figures, answers and settings on one page that opens from disk."""
-    _print_path("report", api.report(run), as_json=as_json)
+def report(run: RunPath, as_json: Json = False) -> None:
+    """Show what a RUN is and what its last evaluation found, and write RUN/report.html: one page that opens from disk."""
+    from finetune.cli import view
+
+    results, page = api.stored_results(run), api.report(run)
+    places = api.places(run)
+    if as_json:
+        _print_json(
+            {"results": results.as_dict() if results else None, **{name: str(path) for name, path in places.items()}, "report": str(page)}
+        )
+        return
+    if results:
+        view.show_results(results)
+    view.show_places({**places, "report": page})
+
+
+def _is_first() -> bool:
+    """Whether this is the only worker or the first of several: it alone prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_path(name: str, path: Path, *, as_json: bool) -> None:
     sys.stdout.write((json.dumps({name: str(path)}) if as_json else str(path)) + "\n")
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def main() -> NoReturn:
@@ -115,14 +137,14 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)
     except FinetuneError as error:
-        _fail(error, error.exit_code)
+        _fail(error)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        view.note("interrupted; nothing of the current step was kept")
+        typer.echo("interrupted before training began; nothing was written", err=True)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of a pipe went away: not our error, and nothing more can be written to it.
@@ -131,9 +153,11 @@ def main() -> NoReturn:
     sys.exit(code or 0)
 
 
-def _fail(error: FinetuneError, code: int) -> NoReturn:
+def _fail(error: FinetuneError) -> NoReturn:
     if os.environ.get("FINETUNE_DEBUG"):
         raise error
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
+        from finetune.cli import view
+
         view.show_error(error)
-    sys.exit(code)
+    sys.exit(error.exit_code)

@@ -164,6 +164,20 @@ def _change(figure: Any, systems: tuple[str, ...]) -> Text:
     return Text(f"{change:+.3f}", style="" if good is None or not change else "green" if good else "red")
 
 
+def show_results(results: Any) -> None:
+    """The table, then the questions."""
+    out.print(results_table(results))
+    show_samples(results.samples)
+
+
+def show_places(places: Mapping[str, Any]) -> None:
+    """Where things lie."""
+    out.print()
+    width = max(map(len, places))
+    for name, path in places.items():
+        out.print(Text(f"{name:<{width}}  {path}"))
+
+
 def show_samples(samples: Any) -> None:
     """Questions with the answers of every system."""
     for sample in samples:

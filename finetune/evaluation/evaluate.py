@@ -13,7 +13,7 @@ from finetune.config.schema import Config, ForgettingTask, Icd10cm, KnowledgeTas
 from finetune.data.prepare import prepare
 from finetune.data.render import Example
 from finetune.evaluation import forgetting, knowledge
-from finetune.evaluation.results import Figure, Measurement, Results, Sample, side_by_side
+from finetune.evaluation.results import RESULTS, Figure, Measurement, Results, Sample, side_by_side
 from finetune.evaluation.systems import Loaded, System, base_and_tuned, directory_system, load_run
 from finetune.runs import RunDirectory, write_json
 
@@ -48,7 +48,7 @@ def evaluate(run: RunDirectory, config: Config, models: Sequence[Path] = (), pro
     names = tuple(system.name for system in systems)
     results = Results(str(run.path), names, tuple(figures), tuple(samples), time.perf_counter() - began)
     run.evaluations.mkdir(exist_ok=True)
-    write_json(run.evaluations / "results.json", results.as_dict())
+    write_json(run.evaluations / RESULTS, results.as_dict())
     return results
 
 

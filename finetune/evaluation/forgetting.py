@@ -17,7 +17,10 @@ _BLOCK = 512
 def measure(scorer: Scorer, renderer: Renderer, advance: Callable[[int], None] = lambda _: None) -> Measurement:
     """Loss of the general text and accuracy on the general questions; neither should get worse."""
     blocks = _blocks(renderer.example(Text(general_text(), "general text")))
-    items = [Item((Message("user", question.question),), (question.answer, *question.distractors), question.answer) for question in general_questions()]
+    items = [
+        Item((Message("user", question.question),), (question.answer, *question.distractors), question.answer)
+        for question in general_questions()
+    ]
     loss = scorer.mean_loss(blocks, advance)
     judged = judge(scorer, renderer, items, advance)
     return Measurement(

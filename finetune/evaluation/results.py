@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from finetune.errors import VerificationError
+from finetune.runs import RunDirectory, read_json
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -48,6 +51,24 @@ class Results:
     def as_dict(self) -> dict[str, Any]:
         """For eval/*.json and `--json`."""
         return asdict(self)
+
+
+RESULTS = "results.json"
+"""File of the last evaluation, in the run's `eval/`."""
+
+
+def read_results(run: RunDirectory) -> Results | None:
+    """What the last evaluation of ``run`` found; None where there was none. VerificationError where the file is damaged."""
+    path = run.evaluations / RESULTS
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    try:
+        figures = tuple(Figure(**figure) for figure in found["figures"])
+        samples = tuple(Sample(**sample) for sample in found["samples"])
+        return Results(found["run"], tuple(found["systems"]), figures, samples, found["seconds"])
+    except (KeyError, TypeError) as error:
+        raise VerificationError(f"the stored results are damaged: {error}", where=str(path), fix="run `finetune eval` again") from error
 
 
 @dataclass(frozen=True, slots=True)

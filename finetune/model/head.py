@@ -19,7 +19,12 @@ def causal_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _has_plain_head(model: Any) -> bool:
+def backbone(model: Any) -> Any:
+    """The decoder below the head of a causal language model."""
+    return getattr(model, model.base_model_prefix)
+
+
+def has_plain_head(model: Any) -> bool:
     """Whether logits are just ``head(hidden)``: models that scale or cap them go through their own forward."""
     return all(getattr(model.config, name, None) in (None, 1, 1.0) for name in _HEAD_SCALES)
 
@@ -41,15 +46,14 @@ def target_losses(model: Any, ids: torch.Tensor, attention: torch.Tensor, superv
     core = causal_model(model)
     wanted = supervised[:, 1:]
     targets = ids[:, 1:][wanted]
-    if not _has_plain_head(core):
+    if not has_plain_head(core):
         logits = core(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1][wanted]
         return functional.cross_entropy(logits.float(), targets, reduction="none")
-    backbone = getattr(core, core.base_model_prefix)
-    hidden = backbone(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
-    return _chunked(hidden[:, :-1][wanted], core.get_output_embeddings(), targets)
+    hidden = backbone(core)(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+    return hidden_losses(hidden[:, :-1][wanted], core.get_output_embeddings(), targets)
 
 
-def _chunked(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
+def hidden_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
     """Losses of hidden (n, d) against targets (n,), recomputing each chunk's logits in the backward pass."""
 
     def losses(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -74,8 +74,10 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
             session.save(progress)
         if stopping and progress.step < session.steps.total:
             raise InterruptedRun(
-                f"stopped after step {progress.step} of {session.steps.total}; a checkpoint is saved",
+                f"stopped by a signal after step {progress.step} of {session.steps.total}; a checkpoint is saved",
                 signal_number=stop.signal_number or 15,
+                where=session.config.output,
+                fix="continue with the same command and --resume",
             )
     if progress.step > first + 1:
         _require_change(start, _sums(session.parameters))

@@ -1,0 +1,209 @@
+"""Training as a user does it: run directory, resume, signals, several processes, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+Write = Callable[..., Path]
+
+
+def adapter_hash(run: Path) -> str:
+    return str(json.loads((run / "adapter" / "MANIFEST.json").read_text())["sha256"]["adapter_model.safetensors"])
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+DROPOUT = {"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.2, "scaling": "rslora"}
+TRAIN = {"epochs": 3, "batch_size": 4, "precision": "fp32", "tokens_per_device": 128, "checkpoint": {"every_steps": 2}}
+
+
+def test_a_run_leaves_what_the_contract_says(finetune: Run, write_config: Write, tmp_path: Path) -> None:
+    done = finetune("train", write_config())
+    assert done.code == 0, done.err
+    run = tmp_path / "run"
+    assert done.out == f"{run}\n"
+    assert {"config.yaml", "environment.json", "plan.json", "metrics.jsonl", "report.html", "checkpoints", "adapter"} <= set(os.listdir(run))
+    assert not [path for path in run.rglob("*") if ".tmp" in path.name]
+    assert {path.suffix for path in run.rglob("*")} & {".bin", ".pt", ".pth", ".pkl"} == set()
+    rows = metrics(run)
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    again = finetune("config", "check", run / "config.yaml")
+    assert again.code == 0, again.err
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged-adamw-8bit"])
+def test_d1_killed_and_resumed_equals_uninterrupted(finetune: Run, write_config: Write, tmp_path: Path, optimizer: str) -> None:
+    settings = {"tuning": DROPOUT, "train": TRAIN, "optimizer": {"learning_rate": 0.01, "method": optimizer}}
+    straight = finetune("train", write_config("a.yaml", **settings, output=str(tmp_path / "straight")))
+    assert straight.code == 0, straight.err
+    config = write_config("b.yaml", **settings, output=str(tmp_path / "killed"))
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-m", "finetune", "train", str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: (killed / "checkpoints" / "step-00000004" / "MANIFEST.json").exists(), process)
+    process.kill()
+    process.communicate()
+    assert not (killed / "adapter").exists()
+    resumed = finetune("train", config, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert adapter_hash(killed) == adapter_hash(tmp_path / "straight")
+    wanted, got = metrics(tmp_path / "straight"), metrics(killed)
+    assert [(row["kind"], row["step"], row.get("loss")) for row in got] == [(row["kind"], row["step"], row.get("loss")) for row in wanted]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_b2_a_signal_saves_and_says_how_to_resume(finetune: Run, write_config: Write, tmp_path: Path, number: int, code: int) -> None:
+    config = write_config(train={**TRAIN, "epochs": 400, "checkpoint": {"every_steps": 1000}})
+    process = subprocess.Popen([sys.executable, "-m", "finetune", "train", str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 3, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err.decode()
+    assert out == b""
+    assert b"--resume" in err
+    assert b"Traceback" not in err
+    assert not (tmp_path / "run" / "adapter").exists()
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert (newest / "MANIFEST.json").exists()
+    assert metrics(tmp_path / "run")[-1]["step"] == int(newest.name.removeprefix("step-"))
+
+
+def test_two_processes_train_the_same_model(finetune: Run, write_config: Write, tmp_path: Path) -> None:
+    one = finetune("train", write_config("a.yaml", output=str(tmp_path / "one")))
+    two = finetune("train", write_config("b.yaml", output=str(tmp_path / "two")), "--devices", "2")
+    assert one.code == two.code == 0, two.err
+    assert two.out == f"{tmp_path / 'two'}\n"
+    a, b = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for key in ("loss", "grad_norm", "learning_rates", "validation_loss"):
+        wanted, got = ([row[key] for row in rows if key in row] for rows in (a, b))
+        assert got == [pytest.approx(value, rel=1e-5) for value in wanted], key
+
+
+def test_a13_the_seed_reaches_everything(finetune: Run, write_config: Write, tmp_path: Path) -> None:
+    hashes = []
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        done = finetune("train", write_config(tuning=DROPOUT, seed=seed, output=str(tmp_path / name), train={**TRAIN, "max_steps": 3}))
+        assert done.code == 0, done.err
+        hashes.append(adapter_hash(tmp_path / name))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_b11_an_occupied_output_is_refused_and_a_finished_run_is_left_alone(finetune: Run, write_config: Write, tmp_path: Path) -> None:
+    config = write_config(train={**TRAIN, "max_steps": 2})
+    assert finetune("train", config).code == 0
+    again = finetune("train", config)
+    assert again.code == 2
+    assert "--resume" in again.err
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "adapter").iterdir()}
+    resumed = finetune("train", config, "--resume")
+    assert resumed.code == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "adapter").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("optimizer.learning_rate=0.02", "optimizer.learning_rate"), ("seed=3", "seed"), ("tuning.rank=8", "tuning.rank"), ("data.max_tokens=128", "data.max_tokens")],
+)
+def test_a2_resume_names_every_difference(interrupted: tuple[Path, Path], finetune: Run, override: str, named: str) -> None:
+    config, run = interrupted
+    done = finetune("train", config, "--resume", "-o", override)
+    assert done.code == 2, done.err
+    assert named in done.err
+    assert not (run / "adapter").exists()
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, chat_file: Path) -> tuple[Path, Path]:
+    """A run that was stopped by a signal: (config, run directory)."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    config, run = folder / "run.yaml", folder / "run"
+    settings = {
+        "model": {"id": str(tiny_model_dir)},
+        "tuning": DROPOUT,
+        "data": {"train": [{"source": str(chat_file)}], "max_tokens": 256},
+        "train": {**TRAIN, "epochs": 500},
+        "output": str(run),
+    }
+    config.write_text(json.dumps(settings))
+    process = subprocess.Popen([sys.executable, "-m", "finetune", "train", str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: (run / "checkpoints" / "step-00000002" / "MANIFEST.json").exists(), process)
+    process.terminate()
+    process.communicate(timeout=60)
+    return config, run
+
+
+def test_a2_resume_refuses_changed_data(interrupted: tuple[Path, Path], finetune: Run, chat_file: Path, tmp_path: Path) -> None:
+    config, _ = interrupted
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text(chat_file.read_text().replace("Title 3", "Title 4"))
+    done = finetune("train", config, "--resume", "-o", f"data.train.0.source={changed}")
+    assert done.code == 2
+    assert "fingerprints.data" in done.err
+
+
+BAD = {
+    "wrong key": ({"trian": {}}, 2, "trian"),
+    "missing data file": ({"data": {"train": [{"source": "/nowhere/chat.jsonl"}]}}, 3, "/nowhere/chat.jsonl"),
+    "unknown target": ({"tuning": {"method": "lora", "targets": ["q_porj"]}}, 2, "did you mean 'q_proj'"),
+    "missing model": ({"model": {"id": "/nowhere/model"}}, 2, "/nowhere/model"),
+    "unmatched group": ({"optimizer": {"groups": {"layers[.]77[.]": {"lr_ratio": 2.0}}}}, 2, "layers[.]77[.]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_end_with_three_parts_and_leave_nothing(finetune: Run, write_config: Write, tmp_path: Path, case: str) -> None:
+    sections, code, named = BAD[case]
+    done = finetune("train", write_config(**sections))
+    assert done.code == code, done.err
+    assert named in done.err
+    assert "where:" in done.err
+    assert "fix:" in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_malformed_line_is_named(finetune: Run, write_config: Write, tmp_path: Path) -> None:
+    data = tmp_path / "broken.jsonl"
+    data.write_text('{"question": "a", "answer": "b"}\n{"question": "a", "answer": \n')
+    done = finetune("train", write_config(data={"train": [{"source": str(data)}]}))
+    assert done.code == 3
+    assert "broken.jsonl:2" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = "import sys; from finetune.cli.app import app; import finetune.api; heavy = {'torch', 'transformers', 'pydantic'} & set(sys.modules); assert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for arguments in (["--help"], ["train", "--help"], ["eval", "--help"], ["merge", "--help"]):
+        used = min(cpu_seconds(arguments) for _ in range(3))
+        assert used < 0.4, (arguments, used)
+
+
+def cpu_seconds(arguments: list[str]) -> float:
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "finetune", *arguments], check=True, capture_output=True)
+    after = os.times()
+    return after.children_user - before.children_user + after.children_system - before.children_system
