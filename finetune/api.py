@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from finetune.config.load import Loaded
     from finetune.config.schema import Config
     from finetune.data.render import Example, Renderer
     from finetune.evaluation.results import Results
+    from finetune.merging.merge import MergeReport
     from finetune.runs import RunDirectory
     from finetune.training.metrics import Observer
 
-__all__ = ["evaluate", "launch", "load_config", "places", "prepare_data", "report", "stored_results", "train"]
+__all__ = ["evaluate", "launch", "load_config", "merge", "places", "prepare_data", "report", "stored_results", "train"]
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -64,6 +65,26 @@ def evaluate(
 
     found = open_run(run)
     return measure(found, load_config(found.config, overrides).config, models, progress)
+
+
+def merge(
+    run: Path,
+    destination: Path,
+    *,
+    base: Literal["dequantized", "original"] = "dequantized",
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Fold a finished run's adapter into its base and prove the result by reloading it."""
+    _prepare_process()
+    from finetune.merging.merge import MergeOptions
+    from finetune.merging.merge_run import merge_run
+    from finetune.runs import open_run
+
+    found = open_run(run)
+    config = load_config(found.config).config
+    return merge_run(found, config, destination, base=base, options=MergeOptions(dtype=dtype, force=force, progress=progress))
 
 
 def stored_results(run: Path) -> Results | None:

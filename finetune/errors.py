@@ -6,7 +6,7 @@
     ├── HardwareError             4   memory, disk, a device or a library this machine lacks
     ├── DivergedError             5   a loss or gradient that is not finite
     ├── VerificationError         6   a checkpoint, an adapter or a merge that is not what it claims to be
-    └── InterruptedRun      130/143   SIGINT / SIGTERM, with a checkpoint saved
+    └── RunInterruptedError      130/143   SIGINT / SIGTERM, with a checkpoint saved
 
 Every error has three parts: what went wrong, where, and how to mend it. One error may carry several problems, because a user
 should not have to run a command five times to find five typos.
@@ -88,7 +88,7 @@ class VerificationError(FinetuneError):
     exit_code = 6
 
 
-class InterruptedRun(FinetuneError):
+class RunInterruptedError(FinetuneError):
     """A signal ended the run after a checkpoint was saved."""
 
     exit_code = 130

@@ -42,7 +42,7 @@ class Scorer:
             with self.autocast():
                 losses = target_losses(self.model, batch.ids, batch.attention, batch.supervised)
             counts = [sum(example.mask[1:]) for example in chosen]
-            yield from zip(piece, losses.double().cpu().split(counts), strict=True)
+            yield from zip(piece, torch.split(losses.double().cpu(), counts), strict=True)
             advance(len(piece))
 
     def mean_loss(self, examples: Sequence[Example], advance: Callable[[int], None] = lambda _: None) -> float:

@@ -30,7 +30,7 @@ class Model(Section):
     id: Annotated[str, Field(min_length=1)]
     """A hub id (`meta-llama/Meta-Llama-3-70B`), a local directory, or `builtin:smollm2-135m`."""
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
-    """The commit of the hub repository, 40 hexadecimal digits. Pin it for a run that must be repeated; unused for a directory."""
+    """The commit of the hub repository, 40 hexadecimal digits. Pin it for a run that must be repeated; a directory has none."""
 
 
 # --- quantization --------------------------------------------------------------------------------------------------------------------
@@ -199,10 +199,10 @@ class Schedule(Section):
 
 
 class FileSource(Section):
-    """Rows from a file, a directory or the hub."""
+    """Rows from a file or a directory."""
 
     source: Annotated[str, Field(min_length=1)]
-    """A .jsonl, .json, .csv or .parquet file, or a directory or glob of them. Relative paths start at the config's directory."""
+    """A .jsonl, .json, .csv, .parquet, .txt or .md file, or a directory or glob of them. Relative paths start at the config's directory."""
     format: Literal["auto", "chat", "prompt-completion", "question-answer", "alpaca", "text"] = "auto"
     """How a row becomes a conversation. `auto` recognizes it by its columns."""
     weight: Positive = 1.0

@@ -136,7 +136,7 @@ def _continuation_losses(model: Any, items: Sequence[_Tokens], device: torch.dev
     hidden = torch.cat([before, rest.last_hidden_state[:, :-1]], dim=1)  # (items * count, c, d)
     wanted = present.bool()
     losses = hidden_losses(hidden[wanted], model.get_output_embeddings(), ids[wanted]).double().cpu()
-    sums = [(float(part.sum()), len(part)) for part in losses.split(present.sum(-1).tolist())]
+    sums = [(float(part.sum()), len(part)) for part in torch.split(losses, present.sum(-1).tolist())]
     return [sums[start : start + count] for start in range(0, len(sums), count)]
 
 

@@ -14,7 +14,8 @@ from finetune.data.prepare import prepare
 from finetune.data.render import Example
 from finetune.evaluation import forgetting, knowledge
 from finetune.evaluation.results import RESULTS, Figure, Measurement, Results, Sample, side_by_side
-from finetune.evaluation.systems import Loaded, System, base_and_tuned, directory_system, load_run
+from finetune.evaluation.systems import System, base_and_tuned, directory_system
+from finetune.finished import FinishedRun, load_run
 from finetune.runs import RunDirectory, write_json
 
 Progress = Callable[[str, str, int], None]
@@ -26,16 +27,16 @@ class _Measuring:
     """What every task needs."""
 
     config: Config
-    loaded: Loaded
+    finished: FinishedRun
     validation: tuple[Example, ...]
 
 
 def evaluate(run: RunDirectory, config: Config, models: Sequence[Path] = (), progress: Progress = lambda *_: None) -> Results:
     """Measure the tasks of ``config`` for the run's base and tuned model, and for further model directories; kept in eval/results.json."""
     began = time.perf_counter()
-    loaded = load_run(run, config)
-    systems = [*base_and_tuned(loaded, config), *(directory_system(loaded, path) for path in models)]
-    measuring = _Measuring(config, loaded, _validation(config, loaded))
+    finished = load_run(run, config)
+    systems = [*base_and_tuned(finished), *(directory_system(finished, path) for path in models)]
+    measuring = _Measuring(config, finished, _validation(config, finished))
     figures: list[Figure] = []
     samples: list[Sample] = []
     for task in config.evaluation.tasks:
@@ -52,17 +53,17 @@ def evaluate(run: RunDirectory, config: Config, models: Sequence[Path] = (), pro
     return results
 
 
-def _validation(config: Config, loaded: Loaded) -> tuple[Example, ...]:
+def _validation(config: Config, finished: FinishedRun) -> tuple[Example, ...]:
     if config.data.validation is None or not any(isinstance(task, LossTask) for task in config.evaluation.tasks):
         return ()
-    return prepare(config.data, loaded.renderer, config.seed).validation
+    return prepare(config.data, finished.renderer, config.seed).validation
 
 
 def _measure(task: Task, system: System, measuring: _Measuring, progress: Progress) -> Measurement:
     def advance(count: int) -> None:
         progress(task.task, system.name, count)
 
-    renderer = measuring.loaded.renderer
+    renderer = measuring.finished.renderer
     with system.using():
         match task:
             case LossTask():

@@ -23,7 +23,7 @@ def scale_of(tuning: Lora) -> float:
     return tuning.alpha / (tuning.rank**0.5 if tuning.scaling == "rslora" else tuning.rank)
 
 
-def lora_config(model: torch.nn.Module, tuning: Lora) -> LoraConfig:
+def lora_config(model: Any, tuning: Lora) -> LoraConfig:
     """PEFT's configuration for ``tuning`` on ``model``; ConfigError where a target matches nothing."""
     targets = find_targets(model, tuning)
     embedding = embedding_module(model)

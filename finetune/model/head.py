@@ -60,7 +60,7 @@ def hidden_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Te
         return functional.cross_entropy(head(rows).float(), wanted, reduction="none")
 
     pieces = []
-    for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+    for rows, wanted in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
         if torch.is_grad_enabled():
             pieces.append(checkpoint(losses, rows, wanted, use_reentrant=False, preserve_rng_state=False))
         else:

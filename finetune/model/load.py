@@ -11,8 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from finetune.config.schema import Quantization
 from finetune.errors import ConfigError, HardwareError, VerificationError
 from finetune.model.quantize import bnb_config, disable_cpu_repacking
+from finetune.planning.resolve import Resolved
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def storage_dtype(quantization: Quantization, resolved: Resolved) -> torch.dtype:
+    """The type of the base's unquantized weights, and what quantized ones are dequantized to."""
+    return DTYPES[resolved.precision.value if quantization.method == "none" else resolved.compute_dtype.value]
 
 
 def load_tokenizer(directory: Path) -> Any:

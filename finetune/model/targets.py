@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -37,19 +38,19 @@ def roles_of(parameter: str) -> tuple[str, ...]:
     return tuple(role for role, found in tests.items() if found)
 
 
-def linear_modules(model: torch.nn.Module) -> list[str]:
+def linear_modules(model: Any) -> list[str]:
     """Names of every linear module but the output head, quantized ones included."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not output]
 
 
-def embedding_module(model: torch.nn.Module) -> str:
+def embedding_module(model: Any) -> str:
     """Name of the input embedding."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return next(name for name, module in model.named_modules() if module is embedding)
+    embedding = model.get_input_embeddings()
+    return str(next(name for name, module in model.named_modules() if module is embedding))
 
 
-def find_targets(model: torch.nn.Module, tuning: Lora) -> list[str]:
+def find_targets(model: Any, tuning: Lora) -> list[str]:
     """Full names of the linear modules that ``tuning.targets`` means.
 
     Raises ConfigError where a name or pattern matches none, with the names that exist (pitfall A11).

@@ -101,7 +101,8 @@ def chart(curves: Sequence[Curve]) -> str:
         for number, curve in enumerate(drawn)
     )
     axis = (
-        f'<text x="{_LEFT - 6}" y="16" text-anchor="end">{high:.3g}</text><text x="{_LEFT - 6}" y="{_HEIGHT - _BOTTOM}" text-anchor="end">{low:.3g}</text>'
+        f'<text x="{_LEFT - 6}" y="16" text-anchor="end">{high:.3g}</text>'
+        f'<text x="{_LEFT - 6}" y="{_HEIGHT - _BOTTOM}" text-anchor="end">{low:.3g}</text>'
         f'<text x="{_LEFT}" y="{_HEIGHT - 8}">0</text><text x="{_WIDTH - 8}" y="{_HEIGHT - 8}" text-anchor="end">step {last:g}</text>'
     )
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{axis}{"".join(lines)}{legend}</svg>'

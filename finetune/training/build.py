@@ -10,7 +10,7 @@ import torch
 
 from finetune.config.schema import Config, EightBit, FourBit, LoftqInit, Lora
 from finetune.model.adapters import attach
-from finetune.model.load import DTYPES, load_base
+from finetune.model.load import load_base, storage_dtype
 from finetune.model.loftq import LoftqReport, Quantizer, apply_loftq, restore_base
 from finetune.planning.resolve import Resolved
 
@@ -32,17 +32,12 @@ class Built:
         return (f"LoftQ, relative quantization error: {', '.join(layers)}",)
 
 
-def model_dtype(config: Config, resolved: Resolved) -> torch.dtype:
-    """The type of the base's unquantized weights, and what quantized ones are dequantized to."""
-    return DTYPES[resolved.precision.value if config.quantization.method == "none" else resolved.compute_dtype.value]
-
-
 def build_model(config: Config, base: Path, resolved: Resolved, device: torch.device, resumed: Path | None = None) -> Built:
     """Load the base of ``config`` onto ``device`` and make it trainable; seed first.
 
     ``resumed`` is the run directory whose base is to be rebuilt instead of initialized anew.
     """
-    dtype = model_dtype(config, resolved)
+    dtype = storage_dtype(config.quantization, resolved)
     model = attach(load_base(base, config.quantization, dtype, device), config.tuning)
     if resolved.gradient_checkpointing.value:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -17,7 +17,7 @@ import torch
 from finetune.config.schema import Config
 from finetune.data.batches import collate
 from finetune.data.prepare import PreparedData
-from finetune.errors import DivergedError, InterruptedRun, VerificationError
+from finetune.errors import DivergedError, RunInterruptedError, VerificationError
 from finetune.model.adapters import trainable
 from finetune.model.head import target_losses
 from finetune.planning.steps import Steps
@@ -55,8 +55,8 @@ class Session:
 def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
     """Train from ``progress`` to the end of the run.
 
-    Raises DivergedError for a loss or gradient that is not finite (nothing of that step is kept), InterruptedRun after a signal, with a
-    checkpoint saved, VerificationError where a trainable tensor receives no gradient or never changes.
+    Raises DivergedError for a loss or gradient that is not finite (nothing of that step is kept), RunInterruptedError after a signal, with
+    a checkpoint saved, VerificationError where a trainable tensor gets no gradient or never changes.
     """
     start = _sums(session.parameters)
     first = progress.step
@@ -73,7 +73,7 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
         if improved or stopping or progress.stopped_early or _due(row.step, session.config.train.checkpoint.every_steps, session.steps):
             session.save(progress)
         if stopping and progress.step < session.steps.total:
-            raise InterruptedRun(
+            raise RunInterruptedError(
                 f"stopped by a signal after step {progress.step} of {session.steps.total}; a checkpoint is saved",
                 signal_number=stop.signal_number or 15,
                 where=session.config.output,

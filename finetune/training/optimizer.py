@@ -122,7 +122,11 @@ def _bitsandbytes(method: str) -> Callable[..., torch.optim.Optimizer]:
         raise HardwareError(
             f"{method} needs bitsandbytes: {error}", where="optimizer.method", fix="use adamw, or install bitsandbytes"
         ) from error
-    classes = {"adamw-8bit": optim.AdamW8bit, "paged-adamw-8bit": optim.PagedAdamW8bit, "paged-adamw-32bit": optim.PagedAdamW32bit}
+    classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adamw-8bit": optim.AdamW8bit,
+        "paged-adamw-8bit": optim.PagedAdamW8bit,
+        "paged-adamw-32bit": optim.PagedAdamW32bit,
+    }
     return classes[method]
 
 

@@ -100,6 +100,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tiny_tokenizer_dir: P
 
 def test_a3_a_template_without_end_of_turn_is_refused(tiny_tokenizer_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     with pytest.raises(DataError, match="end-of-turn"):
         Renderer(tokenizer).example(Conversation((Message("user", "a"), Message("assistant", "b")), "here"))

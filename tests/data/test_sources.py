@@ -13,7 +13,7 @@ from finetune.errors import DataError
 
 BAD = {
     "truncated.jsonl": ('{"text": "ok"}\n{"text": "cut', ":2", "not valid JSON"),
-    "list-row.jsonl": ('[1, 2]\n', ":1", "must be an object"),
+    "list-row.jsonl": ("[1, 2]\n", ":1", "must be an object"),
     "object.json": ('{"text": "a"}', "object.json", "one list of objects"),
     "broken.json": ('[{"text": "a"},\n{"text" "b"}]', ":2", "not valid JSON"),
     "ragged.csv": ("question,answer\na,b\nc\n", ":3", "as many columns"),
@@ -83,7 +83,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{"question": f"q, \"{n}\"\n\u2028", "answer": f"a{n}"} for n in range(3)]
+    rows = [{"question": f'q, "{n}"\n\u2028', "answer": f"a{n}"} for n in range(3)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows))
     (tmp_path / "b.json").write_text(json.dumps(rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
@@ -97,7 +97,10 @@ def test_directories_and_globs(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "one.txt").write_text("first")
     (tmp_path / "sub" / "two.md").write_text("second")
-    assert [parse(row) for row in read_rows(str(tmp_path))] == [Text("first", str(tmp_path / "one.txt")), Text("second", str(tmp_path / "sub/two.md"))]
+    assert [parse(row) for row in read_rows(str(tmp_path))] == [
+        Text("first", str(tmp_path / "one.txt")),
+        Text("second", str(tmp_path / "sub/two.md")),
+    ]
     assert len(list(read_rows(str(tmp_path / "*.txt")))) == 1
     with pytest.raises(DataError, match="no data file found"):
         list(read_rows(str(tmp_path / "*.jsonl")))

@@ -35,7 +35,9 @@ def test_a_run_leaves_what_the_contract_says(finetune: Run, write_config: Write,
     assert done.code == 0, done.err
     run = tmp_path / "run"
     assert done.out == f"{run}\n"
-    assert {"config.yaml", "environment.json", "plan.json", "metrics.jsonl", "report.html", "checkpoints", "adapter"} <= set(os.listdir(run))
+    assert {"config.yaml", "environment.json", "plan.json", "metrics.jsonl", "report.html", "checkpoints", "adapter"} <= set(
+        os.listdir(run)
+    )
     assert not [path for path in run.rglob("*") if ".tmp" in path.name]
     assert {path.suffix for path in run.rglob("*")} & {".bin", ".pt", ".pth", ".pkl"} == set()
     rows = metrics(run)
@@ -124,7 +126,12 @@ def test_b11_an_occupied_output_is_refused_and_a_finished_run_is_left_alone(fine
 
 @pytest.mark.parametrize(
     ("override", "named"),
-    [("optimizer.learning_rate=0.02", "optimizer.learning_rate"), ("seed=3", "seed"), ("tuning.rank=8", "tuning.rank"), ("data.max_tokens=128", "data.max_tokens")],
+    [
+        ("optimizer.learning_rate=0.02", "optimizer.learning_rate"),
+        ("seed=3", "seed"),
+        ("tuning.rank=8", "tuning.rank"),
+        ("data.max_tokens=128", "data.max_tokens"),
+    ],
 )
 def test_a2_resume_names_every_difference(interrupted: tuple[Path, Path], finetune: Run, override: str, named: str) -> None:
     config, run = interrupted

@@ -1,0 +1,36 @@
+"""Relative paths in a configuration start where they were written: beside the file, or in the working directory for an override."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterator
+from dataclasses import replace
+
+from finetune.config.tree import KeyPath, Node, replace_at
+
+
+def absolute_paths(tree: Node) -> Node:
+    """The tree with absolute data sources and model directory; the place of each value stays."""
+    for path in _path_values(tree):
+        node = tree.find(path)
+        if node and isinstance(node.content, str) and is_path(path, node.content):
+            directory = node.at.document.directory
+            absolute = os.path.normpath(directory / os.path.expanduser(node.content))  # noqa: PTH111 - only ~, and only at the start
+            tree = replace_at(tree, path, replace(node, content=absolute))
+    return tree
+
+
+def is_path(path: KeyPath, value: str) -> bool:
+    """Whether the value at ``path`` names a place on disk. A model is a directory only if it says so with ./, ../, ~/ or /."""
+    if path == ("model", "id"):
+        return value.startswith(("./", "../", "/", "~/")) or value in (".", "..")
+    return bool(value) and not value.startswith(("builtin:", "hub:")) and "://" not in value and "$" not in value
+
+
+def _path_values(tree: Node) -> Iterator[KeyPath]:
+    yield ("model", "id")
+    for part in ("train", "validation"):
+        node = tree.find(("data", part))
+        if node and isinstance(node.content, list):
+            for index in range(len(node.content)):
+                yield ("data", part, index, "source")

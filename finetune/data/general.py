@@ -1,0 +1,32 @@
+"""General English and general knowledge, to measure what a run makes the model forget (arm K of the benchmark)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+
+@dataclass(frozen=True, slots=True)
+class GeneralQuestion:
+    """A question that an untuned model mostly answers, with one right and three wrong answers."""
+
+    question: str
+    answer: str
+    distractors: tuple[str, str, str]
+
+
+def general_text() -> str:
+    """About 2,000 tokens (8,600 characters) of plain English in paragraphs, which no model was trained on."""
+    return (resources.files("finetune.data") / "texts" / "general.txt").read_text(encoding="utf-8")
+
+
+def general_questions() -> tuple[GeneralQuestion, ...]:
+    """24 four-way questions, answered in whole sentences, in a fixed order."""
+    rows = json.loads((resources.files("finetune.data") / "texts" / "general_questions.json").read_text(encoding="utf-8"))
+    return tuple(GeneralQuestion(row["question"], row["answer"], _three(row["distractors"])) for row in rows)
+
+
+def _three(distractors: list[str]) -> tuple[str, str, str]:
+    first, second, third = distractors
+    return first, second, third

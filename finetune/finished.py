@@ -1,0 +1,90 @@
+"""A finished run, loaded again from its directory: what evaluation and merging start from, today or on another machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.config.schema import Config, LoftqInit, Lora, NoQuantization
+from finetune.data.render import Renderer
+from finetune.errors import ConfigError, VerificationError
+from finetune.hardware import detect
+from finetune.model.adapters import load
+from finetune.model.builtin import fingerprint, resolve_model
+from finetune.model.load import load_base, load_tokenizer, storage_dtype
+from finetune.model.loftq import restore_base
+from finetune.model.start import before_training
+from finetune.planning.resolve import Resolved, resolve
+from finetune.runs import RunDirectory, read_json
+from finetune.scoring import Scorer
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """The tuned model of a run on the base it was trained on."""
+
+    config: Config
+    directory: Path
+    """`adapter/`, or `model/` after full tuning."""
+    base: Path
+    """Directory of the base model."""
+    model: Any
+    """The tuned model, in eval mode."""
+    renderer: Renderer
+    resolved: Resolved
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base was loaded in, and quantized weights were dequantized to."""
+        return storage_dtype(self.config.quantization, self.resolved)
+
+    @property
+    def loftq(self) -> bool:
+        """Whether the adapter started from LoftQ instead of zero."""
+        return isinstance(self.config.tuning, Lora) and isinstance(self.config.tuning.init, LoftqInit)
+
+    def scorer(self, model: Any) -> Scorer:
+        """A scorer of ``model`` that computes as the run did."""
+        return Scorer(model, self.device, self.resolved.precision.value, self.resolved.tokens_per_device.value)
+
+    def untrained(self) -> tuple[Any, Callable[[], AbstractContextManager[object]]]:
+        """The model before its first step, as (model, context to use it in): the tuned one with its adapter set back, or a second copy."""
+        if isinstance(self.config.tuning, Lora):
+            return self.model, lambda: before_training(self.model, self.directory, loftq=self.loftq)
+        return load_base(self.base, self.config.quantization, self.dtype, self.device), nullcontext
+
+
+def load_run(run: RunDirectory, config: Config) -> FinishedRun:
+    """Load a finished ``run``; every file, tensor and fingerprint is checked (pitfall A4).
+
+    ConfigError where the run is not finished, VerificationError where anything is not what was trained.
+    """
+    directory = run.trained()
+    if directory is None:
+        raise ConfigError(
+            "the run is not finished: it has no adapter", where=str(run.path), fix="finish it with `finetune train CONFIG --resume`"
+        )
+    base = resolve_model(config.model.id, config.model.revision)
+    if fingerprint(base) != read_json(run.environment)["identity"]["fingerprints"]["base"]:
+        raise VerificationError(
+            "the base model is not the one this run was trained on", where=str(base), fix="restore it, or pin model.revision as it was"
+        )
+    resolved = resolve(config, detect())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _tuned(config, directory, base, storage_dtype(config.quantization, resolved), device)
+    return FinishedRun(config, directory, base, model, Renderer(load_tokenizer(directory)), resolved, device)
+
+
+def _tuned(config: Config, directory: Path, base: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    if not isinstance(config.tuning, Lora):
+        return load_base(directory, NoQuantization(), dtype, device)
+    model = load_base(base, config.quantization, dtype, device)
+    if isinstance(config.tuning.init, LoftqInit):
+        restore_base(model, directory, base, config.quantization, dtype)
+    return load(model, directory).eval()

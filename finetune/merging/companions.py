@@ -1,0 +1,101 @@
+"""The files beside the weights of a merged model: shard index, config.json, tokenizer, chat template, generation settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.errors import ConfigError, VerificationError
+from finetune.merging.shards import Slot
+from finetune.model.weights import INDEX, SINGLE
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+)
+"""Copied as one set, so that vocabulary, special tokens and chat template belong together."""
+
+_GENERATION = "generation_config.json"
+_DROPPED = ("torch_dtype", "quantization_config", "_name_or_path", "auto_map")
+
+
+def read_model_config(directory: Path) -> dict[str, Any]:
+    """config.json of the base; ConfigError where it is missing, or where the checkpoint is quantized already."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the base model's configuration: {error}", where=str(path), fix="check model.id") from error
+    if config.get("quantization_config"):
+        raise ConfigError(
+            "the base checkpoint is quantized already", where=str(path), fix="use the original, unquantized model as model.id"
+        )
+    return config
+
+
+def write_model_config(destination: Path, config: Mapping[str, Any], dtype: torch.dtype, *, untied: bool) -> None:
+    """The base's config.json with the type of the weights and, where the head was untied, that fact."""
+    written = {key: value for key, value in config.items() if key not in _DROPPED}
+    if untied and any(isinstance(value, dict) and "vocab_size" in value for value in written.values()):
+        raise VerificationError(
+            "the adapter unties the embeddings of a model with nested configurations, which is not supported",
+            where="config.json",
+            fix="train with tuning.embeddings: frozen",
+        )
+    written["dtype"] = str(dtype).removeprefix("torch.")
+    if untied:
+        written["tie_word_embeddings"] = False
+    (destination / "config.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_index(destination: Path, shards: Mapping[str, Mapping[str, Slot]]) -> int:
+    """The index of ``shards`` (none for a single file); returns the bytes of all tensors."""
+    size = sum(slot.size for slots in shards.values() for slot in slots.values())
+    if list(shards) != [SINGLE]:
+        placement = {name: file for file, slots in shards.items() for name in slots}
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placement.items()))}
+        (destination / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return size
+
+
+def copy_companions(base_dir: Path, adapter_dir: Path, destination: Path) -> None:
+    """Copy tokenizer, chat template and generation settings from the adapter's directory where it has them, else from the base's."""
+    own = any((adapter_dir / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    for name in TOKENIZER_FILES:
+        _copy((adapter_dir if own else base_dir) / name, destination, may_link=not own)
+    _copy_templates(adapter_dir if own else base_dir, destination)
+    has_generation = (adapter_dir / _GENERATION).exists()
+    _copy((adapter_dir if has_generation else base_dir) / _GENERATION, destination, may_link=not has_generation)
+
+
+def _copy_templates(source: Path, destination: Path) -> None:
+    """Named chat templates, which transformers keeps in a folder of their own."""
+    folder = source / "additional_chat_templates"
+    if folder.is_dir() and not folder.is_symlink():
+        (destination / folder.name).mkdir()
+        for path in sorted(folder.glob("*.jinja")):
+            _copy(path, destination / folder.name, may_link=True)
+
+
+def _copy(path: Path, destination: Path, *, may_link: bool) -> None:
+    """Copy a regular file if it exists. A base may come from the hub's cache, whose files are links; an adapter is a plain directory."""
+    if path.is_symlink() and not may_link:
+        raise VerificationError(f"{path.name} is a symbolic link", where=str(path.parent), fix="copy the adapter's files")
+    if path.is_file():
+        shutil.copyfile(path, destination / path.name)

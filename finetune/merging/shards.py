@@ -1,0 +1,94 @@
+"""Writing safetensors one tensor at a time, so that a shard is never in memory as a whole.
+
+The format is a length, a JSON header with every tensor's type, shape and byte range, and the bytes. Shapes are known before the first
+tensor is computed, so the header can be written first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from finetune.errors import VerificationError
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor that will be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class ShardWriter:
+    """A safetensors file that is filled in the order of ``slots``; a context manager that forces it to disk."""
+
+    def __init__(self, path: Path, slots: Mapping[str, Slot]) -> None:
+        """Create ``path`` and write its header. FileExistsError where it exists."""
+        self._path = path
+        self._slots = dict(slots)
+        self._waiting = list(slots)
+        self._file = path.open("xb")
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, slot in slots.items():
+            header[name] = {"dtype": _NAMES[slot.dtype], "shape": list(slot.shape), "data_offsets": [offset, offset + slot.size]}
+            offset += slot.size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append ``tensor``, which must be the next slot with its shape and type."""
+        slot = self._slots[name]
+        if not self._waiting or self._waiting[0] != name or tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
+            raise VerificationError(
+                f"{name} ({tuple(tensor.shape)}, {tensor.dtype}) was written where {self._waiting[:1]} with {slot} was due",
+                where=str(self._path),
+            )
+        self._waiting.pop(0)
+        if slot.size:
+            # tofile writes the array's own memory: no second copy of the tensor
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                if self._waiting:
+                    raise VerificationError(
+                        f"{len(self._waiting)} tensors were never written, {self._waiting[0]} first", where=str(self._path)
+                    )
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
