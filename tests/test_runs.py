@@ -37,7 +37,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "extra file": lambda path: (path / "extra.bin").write_bytes(b"x"),
     "no manifest": lambda path: (path / MANIFEST).unlink(),
     "broken manifest": lambda path: (path / MANIFEST).write_text("{"),
-    "symbolic link": lambda path: ((path / "weights").rename(path.parent / "elsewhere"), (path / "weights").symlink_to(path.parent / "elsewhere")),
+    "symbolic link": lambda path: (
+        (path / "weights").rename(path.parent / "elsewhere"),
+        (path / "weights").symlink_to(path.parent / "elsewhere"),
+    ),
 }
 
 
@@ -55,9 +58,14 @@ def test_b1_a_damaged_checkpoint_does_not_exist(tmp_path: Path, damage: str) -> 
 def test_a_failure_inside_leaves_the_old_directory_and_no_rubbish(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     directory = checkpoint(run, 1)
-    with pytest.raises(RuntimeError), sealed_directory(directory) as temporary:
-        (temporary / "half").write_text("x")
-        raise RuntimeError
+
+    def fail() -> None:
+        with sealed_directory(directory) as temporary:
+            (temporary / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     verify(directory)
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 

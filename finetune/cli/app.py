@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal, NoReturn
 
-import click
 import typer
 
 from finetune import __version__, api
 from finetune.cli import config_commands, data_commands
 from finetune.cli.options import ConfigPath, Json, Overrides, RunPath
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, RunInterruptedError
 
 app = typer.Typer(
     name="finetune",
@@ -164,25 +165,21 @@ def _print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
+def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
+    """Outside of training, which finishes its step, a signal ends the command at once."""
+    del frame
+    raise RunInterruptedError("interrupted; nothing was left half-written", signal_number=number)
+
+
 def main() -> NoReturn:
     """Run the command line; errors become messages and exit codes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupted)
     try:
-        code = app(standalone_mode=False)
+        app()
     except FinetuneError as error:
         _fail(error)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        typer.echo("interrupted before training began; nothing was written", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of a pipe went away: not our error, and nothing more can be written to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    sys.exit(code or 0)
+    sys.exit(0)
 
 
 def _fail(error: FinetuneError) -> NoReturn:

@@ -7,27 +7,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.config.dump import show_config
-from finetune.config.json_schema import config_schema, preset_schema, to_text
-from finetune.config.load import Loaded, load_config
-from finetune.config.notes import missing_sources
-from finetune.config.schema import Config
-from finetune.config.shipped import Recipe, recipes
-from finetune.config.starter import write_starter
+from finetune.cli.options import ConfigPath, Json, Overrides
+
+if TYPE_CHECKING:
+    from finetune.config.load import Loaded
+    from finetune.config.schema import Config
+    from finetune.config.shipped import Recipe
 
 app = typer.Typer(help="Check, show and document the YAML file.", no_args_is_help=True)
-
-ConfigPath = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file; `configs/quickstart.yaml` and others ship with the package.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Option("-o", "--override", metavar="KEY=VALUE", help="Replace one value, such as `-o train.epochs=3`.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, everything else on stderr.")]
 
 
 @app.command()
@@ -36,6 +27,9 @@ def check(config: ConfigPath, override: Overrides = None, as_json: Json = False)
 
     Reads only the YAML file: data files are noted if they are missing, not read.
     """
+    from finetune.config.load import load_config
+    from finetune.config.notes import missing_sources
+
     loaded = load_config(config, override or ())
     notes = missing_sources(loaded.config)
     for note in notes:
@@ -59,6 +53,9 @@ def show(
 
     The output is itself a valid configuration.
     """
+    from finetune.config.dump import show_config
+    from finetune.config.load import load_config
+
     loaded = load_config(config, override or ())
     reasons = {} if any_machine else _reasons(loaded.config)
     if as_json:
@@ -72,6 +69,8 @@ def schema(
     preset: Annotated[bool, typer.Option("--preset", help="For recipes and other presets, where nothing is required.")] = False,
 ) -> None:
     """Print the JSON Schema of the configuration, for editors."""
+    from finetune.config.json_schema import config_schema, preset_schema, to_text
+
     sys.stdout.write(to_text(preset_schema() if preset else config_schema()))
 
 
@@ -83,6 +82,9 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Write a commented configuration that runs, from a recipe."""
+    from finetune.config.shipped import recipes
+    from finetune.config.starter import write_starter
+
     if list_recipes:
         _print_recipes(recipes(), as_json=as_json)
         return

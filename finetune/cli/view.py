@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,13 +22,21 @@ err = Console(stderr=True, highlight=False)
 def show_error(error: FinetuneError) -> None:
     """Every problem of ``error`` in its three parts."""
     for problem in error.problems:
-        err.print(Text("error: ", style="bold red") + Text(problem.what, style="bold"), soft_wrap=True)
+        err.print(Text("error: ", style="bold red") + Text(_hanging(problem.what, len("error: ")), style="bold"), soft_wrap=True)
         if problem.where:
-            err.print(Text(f"  where: {problem.where}"), soft_wrap=True)
+            err.print(Text(f"  where: {problem.where}"), soft_wrap=True)  # one line, so that a path can be copied
         for line in problem.excerpt.splitlines():
             err.print(Text(f"    {line}", style="dim"), soft_wrap=True)
         if problem.fix:
-            err.print(Text(f"  fix:   {problem.fix}"), soft_wrap=True)
+            err.print(Text("  fix:   " + _hanging(problem.fix, len("  fix:   "))), soft_wrap=True)
+
+
+def _hanging(text: str, indent: int) -> str:
+    """``text`` wrapped to the terminal with its further lines indented; as it is in a pipe."""
+    if not err.is_terminal:
+        return text
+    width = max(40, err.width - indent)
+    return textwrap.fill(text, width, break_on_hyphens=False, break_long_words=False).replace("\n", "\n" + " " * indent)
 
 
 def note(text: str) -> None:

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 
 from finetune.config.finding import Finding
 from finetune.config.hints import nearest
-from finetune.config.schema import Config, Full, Group, Lora
+from finetune.config.schema import ROLES, Config, Full, Group, Lora
 from finetune.config.tree import KeyPath
-
-ROLES = ("embeddings", "attention", "mlp", "lm_head", "norms", "lora-a", "lora-b", "magnitudes")
 
 _PLAIN_WORD = re.compile(r"[A-Za-z-]+")
 

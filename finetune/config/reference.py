@@ -48,17 +48,12 @@ def _section(path: KeyPath, shape: Shape, doc: str = "") -> Iterator[str]:
     elif isinstance(shape, Table):
         yield from _section((*path, "NAME"), shape.value, doc)
     elif isinstance(shape, Choice):
-        for member in _members(shape):
+        for member in shape.distinct():
             yield from _member(path, shape, member)
     elif isinstance(shape, Block):
         yield f"## `{dotted(path)}`\n\n{_about(shape.model)}\n"
         yield _table(shape)
         yield from _inside(path, shape)
-
-
-def _members(choice: Choice) -> list[Shape]:
-    """The members, each once even if several words choose it."""
-    return list({id(member): member for member in choice.members.values()}.values())
 
 
 def _member(path: KeyPath, choice: Choice, member: Shape) -> Iterator[str]:

@@ -149,6 +149,10 @@ Tuning = Annotated[Lora | Full, Field(discriminator="method")]
 # --- optimizer -----------------------------------------------------------------------------------------------------------------------
 
 
+ROLES = ("embeddings", "attention", "mlp", "lm_head", "norms", "lora-a", "lora-b", "magnitudes")
+"""Roles of parameters that `optimizer.groups` may name beside regular expressions."""
+
+
 class Group(Section):
     """Learning rate and weight decay of one group of parameters."""
 

@@ -84,6 +84,10 @@ class Choice:
         """The shape that a value claims to have."""
         return self.members.get(self.tell(value) or "")
 
+    def distinct(self) -> list[Shape]:
+        """The members, each once even if several words choose it."""
+        return list({id(member): member for member in self.members.values()}.values())
+
 
 Shape: TypeAlias = Leaf | Table | Items | Block | Choice
 
@@ -181,8 +185,8 @@ def _step(value: Plain, key: str | int) -> Plain:
 def entries(shape: Shape, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Block, Entry]]:
     """Every key of every section, whichever choice it belongs to. List items appear as ``0`` and table keys as ``NAME``."""
     if isinstance(shape, Choice):
-        for member in dict.fromkeys(id(member) for member in shape.members.values()):
-            yield from entries(next(known for known in shape.members.values() if id(known) == member), path)
+        for member in shape.distinct():
+            yield from entries(member, path)
     elif isinstance(shape, Items):
         yield from entries(shape.item, (*path, 0))
     elif isinstance(shape, Table):

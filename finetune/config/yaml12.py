@@ -70,17 +70,18 @@ def read_text(path: Path) -> str:
     return text
 
 
-def compose(text: str, document: Document, *, column: int = 1) -> Node:
-    """The values of a YAML text. ``column`` is where the text starts in the document's (only) line."""
+def compose(text: str, document: Document, *, column: int = 1) -> tuple[Node, list[Problem]]:
+    """The values of a YAML text, and its duplicate keys; ConfigError where it cannot be read at all.
+
+    ``column`` is where the text starts in the document's (only) line.
+    """
     composer = _Composer(text, document, column - 1)
     try:
         node = composer.document_node()
     except yaml.YAMLError as error:
         problem = _syntax_problem(error, text, document, column - 1)
     else:
-        if composer.problems:
-            raise ConfigError.from_problems(composer.problems)
-        return node
+        return node, composer.problems
     raise ConfigError.from_problems([*composer.problems, problem])
 
 

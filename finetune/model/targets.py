@@ -12,9 +12,6 @@ import torch
 from finetune.config.schema import Lora, RegexTargets
 from finetune.errors import ConfigError, Problem
 
-ROLES = ("embeddings", "attention", "mlp", "lm_head", "norms", "lora-a", "lora-b", "magnitudes")
-"""Roles that `optimizer.groups` may name."""
-
 _ATTENTION = re.compile(r"\.(self_attn|attn|attention|self_attention)\.")
 _MLP = re.compile(r"\.(mlp|feed_forward|ffn|block_sparse_moe|experts?)\.")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embeddings|embed_in)(\.|$)")

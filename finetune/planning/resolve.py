@@ -32,6 +32,7 @@ class Resolved:
     """Type that a quantized base is dequantized to."""
     tokens_per_device: Choice[int]
     gradient_checkpointing: Choice[bool]
+    strategy: Choice[str]
 
     def as_dict(self) -> dict[str, Any]:
         """For plan.json."""
@@ -41,7 +42,9 @@ class Resolved:
 def resolve(config: Config, machine: Machine) -> Resolved:
     """Decide every "auto" of ``config`` for ``machine``."""
     precision = _precision(config, machine)
-    return Resolved(precision, _compute_dtype(config, precision), _tokens(config, machine), _checkpointing(config, machine))
+    return Resolved(
+        precision, _compute_dtype(config, precision), _tokens(config, machine), _checkpointing(config, machine), _strategy(config)
+    )
 
 
 def _precision(config: Config, machine: Machine) -> Choice[Precision]:
@@ -65,6 +68,12 @@ def _tokens(config: Config, machine: Machine) -> Choice[int]:
     if config.data.max_tokens > usual:
         return Choice(config.data.max_tokens, "one example of data.max_tokens must fit")
     return Choice(usual, f"enough to keep a {machine.kind} busy; larger micro-batches only cost memory")
+
+
+def _strategy(config: Config) -> Choice[str]:
+    if config.distributed.strategy != "auto":
+        return Choice(config.distributed.strategy, "stated in distributed.strategy")
+    return Choice("ddp", "every device holds the model and works on its share of each batch")
 
 
 def _checkpointing(config: Config, machine: Machine) -> Choice[bool]:

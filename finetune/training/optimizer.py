@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from finetune.config.schema import Group, Optimizer, Schedule
+from finetune.config.schema import ROLES, Group, Optimizer, Schedule
 from finetune.errors import ConfigError, HardwareError, Problem
-from finetune.model.targets import ROLES, roles_of
+from finetune.model.targets import roles_of
 from finetune.planning.steps import Steps
 
 REST = "(rest)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,10 +31,11 @@ from finetune.training.build import Built, build_model
 from finetune.training.checkpoints import Progress, load_checkpoint, rotate, save_checkpoint
 from finetune.training.export import export
 from finetune.training.loop import Session, fit
-from finetune.training.metrics import CheckpointSaved, Evaluated, MetricsFile, Observer, Started, StepDone, ignore
+from finetune.training.metrics import CheckpointSaved, Evaluated, Event, MetricsFile, Observer, Started, StepDone, ignore
 from finetune.training.optimizer import ParameterGroup, assign_groups, build_optimizer
 from finetune.training.resume import identity, require_same
 from finetune.training.signals import stop_on_signals
+from finetune.training.tracking import require_trackers, scalars, trackers
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ def train(config: Config, observer: Observer = ignore, *, resume: bool = False) 
             return run
     elif run.path.exists():
         create_run(run.path)  # refuses what is not empty
+    require_trackers(config.tracking)
     inputs = gather(config)
     # Process groups exist only from here on: slow preparation on one rank cannot time out another (pitfall B4).
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -76,11 +78,13 @@ def train(config: Config, observer: Observer = ignore, *, resume: bool = False) 
         parts = _build(config, inputs, accelerator, run.path if resume else None)
         with locked(run.path) if accelerator.is_main_process else nullcontext():
             start = _begin(run, config, parts, resume=resume)
-            session = _session(start, config, parts, observer)
             observer(_started(config, parts, start.progress.step))
-            if not resume:
-                session.save(start.progress)  # proves before the first step that a checkpoint can be written (pitfall B7)
-            progress = fit(session, start.progress, stop)
+            opened: AbstractContextManager[list[Any]] = trackers(config.tracking, run) if accelerator.is_main_process else nullcontext([])
+            with opened as watching:
+                session = _session(start, config, parts, _joined(observer, watching))
+                if not resume:
+                    session.save(start.progress)  # proves before the first step that a checkpoint can be written (pitfall B7)
+                progress = fit(session, start.progress, stop)
             if accelerator.is_main_process:
                 export(run, config, inputs.renderer.tokenizer, parts.built.model, progress)
             accelerator.wait_for_everyone()
@@ -163,6 +167,18 @@ def _session(start: _Start, config: Config, parts: _Parts, observer: Observer) -
     return Session(config, inputs.steps, inputs.data, scorer, parts.optimizer, parts.groups, accelerator, record, save)
 
 
+def _joined(observer: Observer, watching: list[Any]) -> Observer:
+    """``observer`` and every tracker."""
+
+    def tell(event: Event) -> None:
+        observer(event)
+        if isinstance(event, StepDone | Evaluated):
+            for tracker in watching:
+                tracker.log(scalars(event), step=event.step)
+
+    return tell
+
+
 def _started(config: Config, parts: _Parts, done: int) -> Started:
     resolved, counts = parts.inputs.resolved, parts.inputs.data.counts
     return Started(
@@ -175,6 +191,7 @@ def _started(config: Config, parts: _Parts, done: int) -> Started:
         choices={
             "precision": (resolved.precision.value, resolved.precision.reason),
             "tokens a micro-batch": (str(resolved.tokens_per_device.value), resolved.tokens_per_device.reason),
+            "strategy": (resolved.strategy.value, resolved.strategy.reason),
             "gradient checkpointing": ("on" if resolved.gradient_checkpointing.value else "off", resolved.gradient_checkpointing.reason),
         },
         notes=parts.built.notes,

@@ -314,6 +314,7 @@ quantization: nf4
 tuning: {method: lora, rank: 0, lora_alpha: 16, init: {method: pissa}}
 data: {train: [{source: a.jsonl, weight: 0}], max_token: 3}
 train: {epochs: "2", early_stopping: {}}
+train: {epochs: "2", early_stopping: {}}
 optimizer: {groups: {embeddings: {lr_ratio: 0.1}, mpl: {lr_ratio: 2}}}
 hf_token: secret-of-mine
 """
@@ -329,6 +330,7 @@ hf_token: secret-of-mine
         "unknown key `max_token`",
         "`train.epochs` is the text",
         "early stopping watches validation loss",
+        "`train` is given twice",
         "the embeddings are frozen",
         "group `mpl` is not a role",
         "`hf_token` holds a secret",

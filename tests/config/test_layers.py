@@ -47,6 +47,12 @@ def test_the_order_of_presets_decides(minimal: str, load: Any):
 
 
 @pytest.mark.usefixtures("presets")
+def test_layers_merge_left_to_right_also_where_a_union_changes_twice(presets: Path, minimal: str, load: Any):
+    (presets / "full.yaml").write_text("tuning: {method: full}\n")
+    config = load(minimal + "extends: [first.yaml, full.yaml]\nquantization: {method: none}\n").config
+    assert config.tuning == Lora(method="lora")  # nothing of first.yaml's rank comes back through full.yaml
+
+
 def test_lists_are_replaced(minimal: str, load: Any):
     text = minimal.replace("{method: lora}", "{method: lora, targets: [k_proj]}") + "extends: second.yaml\n"
     assert load(text).config.tuning.targets == ("k_proj",)

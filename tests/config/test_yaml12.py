@@ -14,7 +14,9 @@ from finetune.config.yaml12 import compose
 @pytest.fixture
 def read() -> Any:
     def values(text: str) -> Any:
-        return compose(text, Document("test.yaml", tuple(text.split("\n")), "file", Path("/"))).plain()
+        tree, duplicates = compose(text, Document("test.yaml", tuple(text.split("\n")), "file", Path("/")))
+        assert not duplicates
+        return tree.plain()
 
     return values
 

@@ -15,7 +15,7 @@ Run = Callable[..., Any]
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
 
-# Loads the adapter with PEFT and the merged directory with transformers, without finetune, and prints how far their logits are apart.
+# Loads the adapter with PEFT and the merged directory with transformers, without finetune; prints how far their logits are apart.
 # The flag is bitsandbytes' own: without it, 4-bit weights are repacked with loss on CPUs that have avx512_bf16.
 ELSEWHERE = """
 import json, sys, torch
@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from peft import PeftModel
 import bitsandbytes as bnb
 base, adapter, merged, four_bit = sys.argv[1:]
-quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True) if four_bit == "nf4" else None
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=quantization)
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=nf4 if four_bit == "nf4" else None)
 for module in model.modules():
     if isinstance(module, bnb.nn.Linear4bit):
         module.support_avx512bf16_for_cpu = False
@@ -35,8 +35,8 @@ with torch.no_grad():
     whole = AutoModelForCausalLM.from_pretrained(merged).eval()
     after = whole.float()(ids).logits
 assert "finetune" not in sys.modules
-scale = float(adapted.std())
-print(json.dumps({"trained": float((adapted - before).abs().max()) / scale, "apart": float((adapted - after).abs().max()) / scale, "dtype": str(whole.config.dtype)}))
+largest = lambda difference: float(difference.abs().max() / adapted.std())
+print(json.dumps({"trained": largest(adapted - before), "apart": largest(adapted - after), "dtype": str(whole.config.dtype)}))
 """
 
 
@@ -119,11 +119,18 @@ def test_medical_70b_runs_in_full_on_a_small_model_of_its_architecture(
         tied=False, hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=2, rope_theta=500000.0
     )
     run, merged = tmp_path / "run", tmp_path / "merged"
-    done = finetune(
-        "train", ROOT / "configs" / "medical-70b.yaml", "--devices", "2",
-        "-o", f"model.id={base}", "-o", f"data.train.0.source={chat_file}", "-o", "data.validation.fraction=0.2", "-o", "train.batch_size=4",
-        "-o", "train.max_steps=4", "-o", "train.precision=fp32", "-o", "quantization.compute_dtype=fp32", "-o", f"output={run}",
-    )  # fmt: skip
+    changes = {
+        "model.id": base,
+        "data.train.0.source": chat_file,
+        "data.validation.fraction": 0.2,
+        "train.batch_size": 4,
+        "train.max_steps": 4,
+        "train.precision": "fp32",
+        "quantization.compute_dtype": "fp32",
+        "output": run,
+    }
+    overrides = [part for key, value in changes.items() for part in ("-o", f"{key}={value}")]
+    done = finetune("train", ROOT / "configs" / "medical-70b.yaml", "--devices", "2", *overrides)
     assert done.code == 0, done.err
     assert "LoftQ" in done.err
     plan = json.loads((run / "plan.json").read_text())

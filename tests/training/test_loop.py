@@ -62,7 +62,7 @@ def make_session(config: Config, data: PreparedData, *, max_tokens: int = 10_000
         groups,
         ALONE,
         lambda row: rows.append(row) if isinstance(row, StepDone) else None,
-        lambda progress: None,
+        lambda _: None,
     )
     return session, rows
 
@@ -152,7 +152,9 @@ def test_a12_trainable_weights_and_states_are_fp32(tiny_model_dir: Path, chat_fi
 
 
 def test_early_stopping_stops_and_keeps_the_best(tiny_model_dir: Path, chat_file: Path, data: PreparedData) -> None:
-    config = make_config(tiny_model_dir, chat_file, epochs=50, evaluate={"every_steps": 1}, early_stopping={"patience": 2, "min_delta": 1000.0})
+    config = make_config(
+        tiny_model_dir, chat_file, epochs=50, evaluate={"every_steps": 1}, early_stopping={"patience": 2, "min_delta": 1000.0}
+    )
     session, rows = make_session(config, PreparedData(data.train, data.train[:4], data.counts))
     progress = fit(session, Progress(), StopRequest())
     assert progress.stopped_early

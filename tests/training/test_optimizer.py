@@ -37,7 +37,9 @@ def rates(parameters: dict[str, torch.nn.Parameter], settings: Optimizer) -> dic
 
 
 def test_m10_every_parameter_is_in_exactly_one_group(parameters: dict[str, torch.nn.Parameter]) -> None:
-    settings = optimizer(groups={"embeddings": {"lr_ratio": 0.1}, "mlp": {"lr_ratio": 2.0}, "lora-a": {"lr_ratio": 3.0}}, lora_plus_ratio=16.0)
+    settings = optimizer(
+        groups={"embeddings": {"lr_ratio": 0.1}, "mlp": {"lr_ratio": 2.0}, "lora-a": {"lr_ratio": 3.0}}, lora_plus_ratio=16.0
+    )
     groups = assign_groups(parameters, settings)
     names = [name for group in groups for name in group.names]
     assert sorted(names) == sorted(parameters)
@@ -62,7 +64,12 @@ def test_first_match_wins(parameters: dict[str, torch.nn.Parameter]) -> None:
 
 @pytest.mark.parametrize(
     ("groups", "decay"),
-    [({}, 0.0), ({"attention": {"weight_decay": 0.3}}, 0.0), ({"magnitudes": {"weight_decay": 0.3}}, 0.3), ({"magnitudes": {"lr_ratio": 2.0}}, 0.0)],
+    [
+        ({}, 0.0),
+        ({"attention": {"weight_decay": 0.3}}, 0.0),
+        ({"magnitudes": {"weight_decay": 0.3}}, 0.3),
+        ({"magnitudes": {"lr_ratio": 2.0}}, 0.0),
+    ],
 )
 def test_magnitudes_decay_only_when_asked(parameters: dict[str, torch.nn.Parameter], groups: dict[str, object], decay: float) -> None:
     found = rates(parameters, optimizer(groups=groups))
@@ -71,7 +78,9 @@ def test_magnitudes_decay_only_when_asked(parameters: dict[str, torch.nn.Paramet
 
 def test_a_group_that_matches_nothing_is_an_error(parameters: dict[str, torch.nn.Parameter]) -> None:
     with pytest.raises(ConfigError) as caught:
-        assign_groups(parameters, optimizer(groups={"norms": {"lr_ratio": 2.0}, r"layers\.7\.": {"lr_ratio": 2.0}, "mlp": {"lr_ratio": 1.0}}))
+        assign_groups(
+            parameters, optimizer(groups={"norms": {"lr_ratio": 2.0}, r"layers\.7\.": {"lr_ratio": 2.0}, "mlp": {"lr_ratio": 1.0}})
+        )
     assert [problem.where for problem in caught.value.problems] == ["optimizer.groups.norms", r"optimizer.groups.layers\.7\."]
     assert "attention" in caught.value.problems[0].fix
 
