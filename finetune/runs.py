@@ -238,7 +238,7 @@ def open_run(path: Path) -> RunDirectory:
 
 def create_run(path: Path) -> RunDirectory:
     """A new run directory; ConfigError where something lies there already, so that two runs never mix."""
-    if path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
+    if path.exists() and not (path.is_dir() and _is_fresh(path)):
         raise ConfigError(
             "the output directory is not empty",
             where=str(path),
@@ -252,6 +252,12 @@ def create_run(path: Path) -> RunDirectory:
             f"cannot create the run directory: {error.strerror}", where=str(path), fix="choose another with -o output=..."
         ) from error
     return run
+
+
+def _is_fresh(path: Path) -> bool:
+    """Whether ``path`` is empty, or holds only what a run writes before environment.json, which a kill may have left."""
+    names = {str(entry.relative_to(path)) for entry in path.rglob("*")}
+    return names <= {".lock", "checkpoints", "config.yaml", "plan.json", "loftq_base.safetensors"}
 
 
 @contextmanager

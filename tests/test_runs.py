@@ -140,6 +140,15 @@ def test_b11_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
 
 
+def test_a_start_that_was_killed_before_its_records_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("x")
+    create_run(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir()
+    with pytest.raises(ConfigError, match="not empty"):
+        create_run(tmp_path)
+
+
 def test_b11_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "something").write_text("x")
     with pytest.raises(ConfigError, match="not empty"):

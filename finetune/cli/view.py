@@ -92,6 +92,9 @@ class TrainingView:
         if err.is_terminal:
             self._progress.start()
 
+    def _on_alreadyfinished(self, event: Any) -> None:
+        note(f"{event.path} is already finished; for another run choose another output")
+
     def _on_stepdone(self, event: Any) -> None:
         self._tokens += event.tokens
         self._seconds += event.seconds

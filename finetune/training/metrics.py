@@ -67,7 +67,14 @@ class CheckpointSaved:
     path: Path
 
 
-Event = Started | StepDone | Evaluated | CheckpointSaved
+@dataclass(frozen=True, slots=True)
+class AlreadyFinished:
+    """The run that was to be resumed has nothing left to do."""
+
+    path: Path
+
+
+Event = AlreadyFinished | Started | StepDone | Evaluated | CheckpointSaved
 Observer = Callable[[Event], None]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from finetune.training.build import Built, build_model
 from finetune.training.checkpoints import Progress, load_checkpoint, rotate, save_checkpoint
 from finetune.training.export import export
 from finetune.training.loop import Session, fit
-from finetune.training.metrics import CheckpointSaved, Evaluated, Event, MetricsFile, Observer, Started, StepDone, ignore
+from finetune.training.metrics import AlreadyFinished, CheckpointSaved, Evaluated, Event, MetricsFile, Observer, Started, StepDone, ignore
 from finetune.training.optimizer import ParameterGroup, assign_groups, build_optimizer
 from finetune.training.resume import identity, require_same
 from finetune.training.signals import stop_on_signals
@@ -66,6 +66,7 @@ def train(config: Config, observer: Observer = ignore, *, resume: bool = False) 
     run = RunDirectory(Path(config.output))
     if resume:
         if open_run(run.path).trained() is not None:
+            observer(AlreadyFinished(run.path))
             return run
     elif run.path.exists():
         create_run(run.path)  # refuses what is not empty
@@ -75,14 +76,18 @@ def train(config: Config, observer: Observer = ignore, *, resume: bool = False) 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     with stop_on_signals() as stop:
         set_seed(config.seed)  # before the model is built: the seed must reach the adapter's initialization (pitfall A13)
-        parts = _build(config, inputs, accelerator, run.path if resume else None)
+        # a run that was killed before its first checkpoint begins again, with the same initialization
+        resumed = resume and bool(run.checkpoint_steps())
+        parts = _build(config, inputs, accelerator, run.path if resumed else None)
         with locked(run.path) if accelerator.is_main_process else nullcontext():
             start = _begin(run, config, parts, resume=resume)
+            if resumed:
+                start = replace(start, progress=_load_newest(run, start.run_id, parts))
             observer(_started(config, parts, start.progress.step))
             opened: AbstractContextManager[list[Any]] = trackers(config.tracking, run) if accelerator.is_main_process else nullcontext([])
             with opened as watching:
                 session = _session(start, config, parts, _joined(observer, watching))
-                if not resume:
+                if not resumed:
                     session.save(start.progress)  # proves before the first step that a checkpoint can be written (pitfall B7)
                 progress = fit(session, start.progress, stop)
             if accelerator.is_main_process:
@@ -119,7 +124,7 @@ class _Start:
 
 
 def _begin(run: RunDirectory, config: Config, parts: _Parts, *, resume: bool) -> _Start:
-    """Create the run directory and its records, or check that the one on disk is the same run and load its newest checkpoint."""
+    """Create the run directory and its records, or check that the one on disk is the same run."""
     inputs, built = parts.inputs, parts.built
     prints = {"data": inputs.data.fingerprint, "base": fingerprint(inputs.base), "chat template": inputs.renderer.template_hash}
     now = identity(config, prints, trainable(built.model))
@@ -136,8 +141,7 @@ def _begin(run: RunDirectory, config: Config, parts: _Parts, *, resume: bool) ->
             environment() | {"run_id": uuid.uuid4().hex, "started": datetime.now(UTC).isoformat(), "seed": config.seed, "identity": now},
         )
     parts.accelerator.wait_for_everyone()
-    run_id = str(read_json(run.environment)["run_id"])
-    return _Start(run, run_id, _load_newest(run, run_id, parts) if resume else Progress())
+    return _Start(run, str(read_json(run.environment)["run_id"]), Progress())
 
 
 def _load_newest(run: RunDirectory, run_id: str, parts: _Parts) -> Progress:

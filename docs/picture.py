@@ -1,0 +1,44 @@
+"""docs/quickstart.svg: the quickstart's last screen, as a picture of what `finetune report RUN` really printed.
+
+python docs/picture.py runs/quickstart
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.terminal_theme import MONOKAI
+
+from finetune import api
+from finetune.cli import view
+
+# rich's own template fetches a font from the network; this one takes what the reader has
+FORMAT = """<svg viewBox="0 0 {terminal_width} {terminal_height}" xmlns="http://www.w3.org/2000/svg">
+<style>
+.{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, monospace; font-size: {char_height}px; line-height: {line_height}px; }}
+{styles}
+</style>
+<defs><clipPath id="{unique_id}-clip-terminal"><rect x="0" y="0" width="{terminal_width}" height="{terminal_height}"/></clipPath>{lines}</defs>
+<rect width="{terminal_width}" height="{terminal_height}" rx="8" fill="#1b1f24"/>
+<g clip-path="url(#{unique_id}-clip-terminal)">{backgrounds}<g class="{unique_id}-matrix">{matrix}</g></g>
+</svg>
+"""
+
+
+def main(run: Path) -> None:
+    """Draw the last evaluation of ``run``."""
+    results = api.stored_results(run)
+    if results is None:
+        sys.exit(f"{run} was not evaluated: run `finetune eval {run}` first")
+    console = Console(record=True, width=88, file=Path("/dev/null").open("w"), force_terminal=True, highlight=False)  # noqa: SIM115
+    view.out = console
+    view.show_results(results)
+    view.show_places({**api.places(run), "report": run / "report.html"})
+    svg = console.export_svg(title="finetune report", theme=MONOKAI, code_format=FORMAT, unique_id="q")
+    (Path(__file__).parent / "quickstart.svg").write_text(svg)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
