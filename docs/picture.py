@@ -5,6 +5,7 @@ python docs/picture.py runs/quickstart
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,9 +21,9 @@ FORMAT = """<svg viewBox="0 0 {terminal_width} {terminal_height}" xmlns="http://
 .{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, monospace; font-size: {char_height}px; line-height: {line_height}px; }}
 {styles}
 </style>
-<defs><clipPath id="{unique_id}-clip-terminal"><rect x="0" y="0" width="{terminal_width}" height="{terminal_height}"/></clipPath>{lines}</defs>
-<rect width="{terminal_width}" height="{terminal_height}" rx="8" fill="#1b1f24"/>
-<g clip-path="url(#{unique_id}-clip-terminal)">{backgrounds}<g class="{unique_id}-matrix">{matrix}</g></g>
+<defs>{lines}</defs>
+<rect x="-16" y="-12" width="100%" height="100%" rx="8" fill="#1b1f24"/>
+{backgrounds}<g class="{unique_id}-matrix">{matrix}</g>
 </svg>
 """
 
@@ -37,7 +38,11 @@ def main(run: Path) -> None:
     view.show_results(results)
     view.show_places({**api.places(run), "report": run / "report.html"})
     svg = console.export_svg(title="finetune report", theme=MONOKAI, code_format=FORMAT, unique_id="q")
-    (Path(__file__).parent / "quickstart.svg").write_text(svg)
+    (Path(__file__).parent / "quickstart.svg").write_text(re.sub(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', _with_margin, svg, count=1))
+
+
+def _with_margin(found: re.Match[str]) -> str:
+    return f'viewBox="-16 -12 {float(found[1]) + 32:g} {float(found[2]) + 24:g}"'
 
 
 if __name__ == "__main__":

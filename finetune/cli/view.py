@@ -160,7 +160,7 @@ def results_table(results: Any) -> Table:
             table.add_row(Text(heading, style="bold"))
             group = heading
         table.add_row(
-            f"  {name} ({figure.unit})",
+            f"  {name}" + (f" ({figure.unit})" if figure.unit else ""),
             str(figure.n),
             *(f"{figure.values[system]:.3f}" for system in results.systems),
             _change(figure, results.systems),
@@ -177,8 +177,11 @@ def _change(figure: Any, systems: tuple[str, ...]) -> Text:
 
 
 def show_results(results: Any) -> None:
-    """The table, then the questions."""
+    """The table, what it means, then the questions."""
     out.print(results_table(results))
+    if sentence := results.headline:
+        out.print()
+        out.print(sentence)
     show_samples(results.samples)
 
 

@@ -72,7 +72,7 @@ def _measure(task: Task, system: System, measuring: _Measuring, progress: Progre
                 return Measurement(
                     {
                         ("validation: loss", "nats/token", n, "lower"): loss,
-                        ("validation: perplexity", "perplexity", n, "lower"): math.exp(loss),
+                        ("validation: perplexity", "", n, "lower"): math.exp(loss),
                     },
                     {},
                 )

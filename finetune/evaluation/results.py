@@ -17,7 +17,7 @@ class Figure:
     name: str
     """Such as ``trained facts, answer loss``."""
     unit: str
-    """``nats/token``, ``perplexity`` or ``share``."""
+    """``nats/token`` or ``share``; empty for a plain number."""
     n: int
     """Number of items measured."""
     values: dict[str, float]
@@ -51,6 +51,18 @@ class Results:
     def as_dict(self) -> dict[str, Any]:
         """For eval/*.json and `--json`."""
         return asdict(self)
+
+    @property
+    def headline(self) -> str | None:
+        """What was learned in a sentence: style is what facts never trained gain, substance what trained facts gain beyond it."""
+        changes = {figure.name: figure.values["tuned"] - figure.values["base"] for figure in self.figures}
+        trained, control = changes.get("all trained facts: answer loss"), changes.get("never trained (control): answer loss")
+        if trained is None or control is None:
+            return None
+        return (
+            f"The answer loss of trained facts changed by {trained:+.2f} nats a token, that of facts never trained by {control:+.2f}: "
+            f"{control:+.2f} is style, {trained - control:+.2f} is knowledge."
+        )
 
 
 RESULTS = "results.json"

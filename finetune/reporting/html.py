@@ -14,7 +14,7 @@ from jinja2 import Environment, select_autoescape
 
 from finetune.runs import RunDirectory, read_json, write_text
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 220, 52, 28
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 220, 64, 28
 
 
 @dataclass(frozen=True, slots=True)
