@@ -75,6 +75,7 @@ def train(
         run = api.train(loaded.config, watching if _is_first() else None, resume=resume)
     if _is_first():
         api.report(run.path)
+        view.note(f"next: finetune eval {run.path}; finetune merge {run.path} -O DIR")
         _print_path("run", run.path, as_json=as_json)
 
 

@@ -195,7 +195,7 @@ def _started(config: Config, parts: _Parts, done: int) -> Started:
         choices={
             "precision": (resolved.precision.value, resolved.precision.reason),
             "tokens a micro-batch": (str(resolved.tokens_per_device.value), resolved.tokens_per_device.reason),
-            "strategy": (resolved.strategy.value, resolved.strategy.reason),
+            **({"strategy": (resolved.strategy.value, resolved.strategy.reason)} if parts.accelerator.num_processes > 1 else {}),
             "gradient checkpointing": ("on" if resolved.gradient_checkpointing.value else "off", resolved.gradient_checkpointing.reason),
         },
         notes=parts.built.notes,

@@ -1,0 +1,118 @@
+"""The command line as a whole: usage errors, help, documentation, output streams, a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyte
+import pytest
+import typer
+
+from finetune.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., Any]
+
+
+def commands() -> list[str]:
+    """Every command with its group, such as ``config check``."""
+    group = typer.main.get_command(app)
+    found = []
+    for name, command in group.commands.items():
+        inner = getattr(command, "commands", None)
+        found += [f"{name} {sub}" for sub in inner] if inner else [name]
+    return found
+
+
+def test_every_command_has_help_and_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    reference = (ROOT / "docs" / "cli.md").read_text()
+    assert len(commands()) >= 10
+    for name in commands():
+        assert f"`finetune {name}" in readme, name
+        assert f"`finetune {name}`" in reference, name
+
+
+@pytest.mark.parametrize("arguments", [["config", "chek"], ["eval"], ["train", "x.yaml", "--devices", "0"], ["--nonsense"]])
+def test_usage_errors_exit_2_without_traceback(finetune: Run, arguments: list[str]) -> None:
+    done = finetune(*arguments)
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_a_directory_that_is_no_run_is_named(finetune: Run, tmp_path: Path) -> None:
+    for arguments in (["eval", tmp_path], ["merge", tmp_path, "-O", tmp_path / "m"], ["report", tmp_path]):
+        done = finetune(*arguments)
+        assert done.code == 2, done.err
+        assert "not a run directory" in done.err
+    assert not (tmp_path / "m").exists()
+
+
+def test_debug_shows_the_traceback(finetune: Run, tmp_path: Path) -> None:
+    assert "Traceback" in finetune("--debug", "report", tmp_path).err
+
+
+def test_json_leaves_stdout_to_json(finetune: Run, write_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = write_config(train={"max_steps": 2, "precision": "fp32"})
+    done = finetune("train", config, "--json")
+    assert json.loads(done.out) == {"run": str(tmp_path / "run")}
+    counted = json.loads(finetune("data", "stats", config, "--json").out)
+    assert counted["rows read"] == 24
+    assert counted["training rows"] + counted["validation rows"] == 24
+
+
+def test_preview_marks_what_carries_loss(finetune: Run, write_config: Callable[..., Path]) -> None:
+    shown = finetune("data", "preview", write_config(), "-n", "2", "--ids").out
+    marked = re.findall(r"\[\[(.*?)\]\]", shown, re.S)
+    assert len(marked) == 2
+    assert all(text.startswith("Title") and text.endswith("<|im_end|>") for text in marked)
+
+
+def terminal(arguments: list[str], columns: int, folder: Path) -> list[str]:
+    """What a terminal of ``columns`` shows at the end."""
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "LINES": "60", "TERM": "xterm-256color"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune", *arguments], stdout=follower, stderr=follower, stdin=follower, env=environment, cwd=folder
+    )
+    os.close(follower)
+    screen = pyte.Screen(columns, 60)
+    stream = pyte.ByteStream(screen)
+    while True:
+        try:
+            data = os.read(leader, 65536)
+        except OSError:  # the other side closed
+            break
+        if not data:
+            break
+        stream.feed(data)
+    process.wait()
+    os.close(leader)
+    return [line.rstrip() for line in screen.display]
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_training_in_a_terminal_fits_its_width(write_config: Callable[..., Path], tmp_path: Path, columns: int) -> None:
+    config = write_config(train={"epochs": 1, "batch_size": 8, "precision": "fp32"}, optimizer={"groups": {"mlp": {"lr_ratio": 2.0}}})
+    lines = terminal(["train", str(config)], columns, tmp_path)
+    text = "\n".join(lines)
+    assert re.search(r"step 2/2 .*loss \d\.\d+ +lr \S+ +\d+ tok/s", text), text
+    assert re.search(r"^mlp +\d+ +[\d,]+ +4\.00e-04 +0\.01$", text, re.M), text
+    assert str(tmp_path / "run") in text.replace("\n", "")
+
+
+def test_an_error_in_a_terminal_keeps_its_indent(tmp_path: Path) -> None:
+    lines = [line for line in terminal(["train", "nothing.yaml"], 80, tmp_path) if line]
+    assert lines[0] == "error: there is no such file"
+    assert lines[1] == "  where: nothing.yaml"
+    assert lines[2].startswith("  fix:   ")
+    assert all(line.startswith("         ") for line in lines[3:])
