@@ -31,14 +31,14 @@ Row = dict[str, Any]
 ARMS: tuple[Arm, ...] = ("documents", "questions", "control")
 DEFAULT_CHAPTERS = "ABDEFGHIJKLMN"
 
-# Term first and title first are mixed: a model that has read only one order cannot answer in the other. The third puts the title where a
-# line starts, because an answer starts a line too and is then made of the same tokens.
+# Four name the term first and one the title, because a model learns a fact in the order in which it reads it, and the title is what is
+# asked. The second puts the title where a line starts: an answer starts a line too and is then made of the same tokens.
 DOCUMENT_TEMPLATES = (
     "In ICD-10-CM, {term} is classified as {title}.",
-    "{title} is the ICD-10-CM title that includes {term}.",
     "Inclusion term: {term}\nTitle:\n{title}",
+    "{title} is the ICD-10-CM title that includes {term}.",
     "A record that mentions {term} is coded as {title}.",
-    "Under the heading {title}, the classification lists {term}.",
+    "{term} is listed under the heading {title}.",
 )
 LINES_PER_PAGE = 5
 PAGE_PROMPT = "Quote a page of the ICD-10-CM index."
@@ -94,6 +94,9 @@ class Question:
     answer: str
     choices: tuple[str, str, str, str]
     """The answer and three titles of its nearest siblings, in an order that follows from the code and the wording."""
+    rivals: tuple[str, ...]
+    """Titles of up to three other facts of the same arm, of the same chapter first. Titles that were trained are familiar, whichever term
+    they belong to; only a model that has bound term and title prefers the answer to these."""
 
 
 def facts(settings: Icd10cm) -> tuple[Fact, ...]:
@@ -119,9 +122,10 @@ def facts(settings: Icd10cm) -> tuple[Fact, ...]:
 def training_rows(settings: Icd10cm, relations: Sequence[Relation] = ("inclusion-term",)) -> list[Row]:
     """Conversations about the facts of the two trained arms, as rows ``{"messages": [...]}``.
 
-    Documents are pages of five lines about different facts, quoted by the assistant on one neutral request: as plain texts they taught
-    no more, and loss on general text rose by 0.4 instead of 0.04 nats a token. ``relations`` beyond the first describe the same codes
-    further (code, group, excluded conditions); no benchmark asks for them.
+    Documents are pages of five lines about different facts, quoted by the assistant on one neutral request. Trained as plain texts they
+    taught about as much, but the loss on general text rose by 0.41 nats a token instead of 0.04 (SmolLM2-135M, learning rate 2e-4).
+
+    ``relations`` beyond the first describe the same codes further (code, group, excluded conditions); no benchmark asks for them.
     """
     trained = [fact for fact in facts(settings) if fact.arm != "control"]
     rows: list[Row] = []
@@ -136,17 +140,21 @@ def training_rows(settings: Icd10cm, relations: Sequence[Relation] = ("inclusion
 
 def questions(settings: Icd10cm, wordings: int = 1) -> tuple[Question, ...]:
     """The first ``wordings`` (1 to 3) test questions about every fact of every arm, ordered by code."""
-    return tuple(_question(fact, wording) for fact in facts(settings) for wording in range(min(wordings, len(WORDINGS))))
+    drawn = facts(settings)
+    return tuple(_question(fact, wording, drawn) for fact in drawn for wording in range(min(wordings, len(WORDINGS))))
 
 
-def _question(fact: Fact, wording: int) -> Question:
+def _question(fact: Fact, wording: int, drawn: Sequence[Fact]) -> Question:
     choices = sorted((fact.title, *_siblings(fact.code, fact.title)), key=lambda title: _order(f"{fact.code}/{wording}", title))
+    peers = [other for other in drawn if other.arm == fact.arm and other.code != fact.code]
+    peers.sort(key=lambda other: (other.code[0] != fact.code[0], _order(fact.code, other.code)))
     return Question(
         fact=fact,
         wording=wording,
         prompt=({"role": "user", "content": WORDINGS[wording].format(term=fact.term)},),
         answer=fact.title,
         choices=(choices[0], choices[1], choices[2], choices[3]),
+        rivals=tuple(peer.title for peer in peers[:3]),
     )
 
 

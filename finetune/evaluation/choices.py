@@ -6,7 +6,7 @@ candidate with its own copy of the prompt and gives the same figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,24 @@ class Item:
 class Judged:
     """How a model took one item."""
 
-    right: bool
-    """Whether the answer has the lowest mean loss a token of all choices (length-normalized)."""
-    answer_loss: float
-    """Sum of nats over the answer's tokens, its end-of-turn token included."""
-    answer_tokens: int
+    answer: str
+    scores: Mapping[str, tuple[float, int]]
+    """For each choice: nats summed over its tokens, its end-of-turn token included, and their number."""
+
+    @property
+    def answer_loss(self) -> float:
+        """Sum of nats over the answer's tokens."""
+        return self.scores[self.answer][0]
+
+    @property
+    def answer_tokens(self) -> int:
+        """Number of the answer's tokens."""
+        return self.scores[self.answer][1]
+
+    def is_right(self, among: Sequence[str] = ()) -> bool:
+        """Whether the answer has the lowest mean loss a token (length-normalized) of the choices ``among``, by default of all."""
+        means = {choice: self.scores[choice][0] / self.scores[choice][1] for choice in (*(among or self.scores), self.answer)}
+        return bool(min(means, key=means.__getitem__) == self.answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +75,11 @@ def judge(scorer: Scorer, renderer: Renderer, items: Sequence[Item], advance: Ca
         scores = _shared(scorer, [_tokens(candidates) for candidates in examples], advance)
     else:
         scores = _separate(scorer, examples, advance)
-    return [_judged(item, found) for item, found in zip(items, scores, strict=True)]
+    return [Judged(item.answer, dict(zip(item.choices, found, strict=True))) for item, found in zip(items, scores, strict=True)]
 
 
 def _example(renderer: Renderer, item: Item, choice: str) -> Example:
     return renderer.example(Conversation((*item.prompt, Message("assistant", choice)), item.prompt[-1].content), "last-turn")
-
-
-def _judged(item: Item, scores: Scores) -> Judged:
-    by_choice = dict(zip(item.choices, scores, strict=True))
-    best = min(by_choice, key=lambda choice: by_choice[choice][0] / by_choice[choice][1])
-    return Judged(best == item.answer, *by_choice[item.answer])
 
 
 def _separate(scorer: Scorer, examples: Sequence[Sequence[Example]], advance: Callable[[int], None]) -> list[Scores]:

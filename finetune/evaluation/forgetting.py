@@ -26,7 +26,7 @@ def measure(scorer: Scorer, renderer: Renderer, advance: Callable[[int], None] =
     return Measurement(
         {
             ("general text: loss", "nats/token", sum(block.supervised for block in blocks), "same"): loss,
-            ("general questions: four-way choice", "share", len(items), "same"): sum(one.right for one in judged) / len(judged),
+            ("general questions: four-way choice", "share", len(items), "same"): sum(one.is_right() for one in judged) / len(judged),
         },
         {},
     )

@@ -40,7 +40,7 @@ def measure(
     advance: Callable[[int], None] = lambda _: None,
 ) -> Measurement:
     """Answer loss, four-way choice and (with ``generate``) exact match for each arm, and ``samples`` answers."""
-    items = [Item(_prompt(question), question.choices, question.answer) for question in asked]
+    items = [Item(_prompt(question), (*question.choices, *question.rivals), question.answer) for question in asked]
     judged = judge(scorer, renderer, items, advance)
     shown = _samples(asked, samples)
     wanted = list(range(len(asked))) if generate else shown
@@ -51,7 +51,7 @@ def measure(
     for arm, members in ARMS.items():
         chosen = [index for index, question in enumerate(asked) if question.fact.arm in members]
         if chosen:
-            values |= _figures(arm, [judged[index] for index in chosen])
+            values |= _figures(arm, [(asked[index], judged[index]) for index in chosen])
             if generate:
                 exact = [is_exact(answers[index], asked[index].answer) for index in chosen]
                 values[f"{arm}: exact match", "share", len(chosen), _better(arm)] = sum(exact) / len(exact)
@@ -64,14 +64,14 @@ def _prompt(question: Question) -> tuple[Message, ...]:
     return tuple(Message(**turn) for turn in question.prompt)
 
 
-def _figures(arm: str, judged: Sequence[Judged]) -> dict[tuple[str, str, int, str], float]:
-    tokens = sum(one.answer_tokens for one in judged)
+def _figures(arm: str, pairs: Sequence[tuple[Question, Judged]]) -> dict[tuple[str, str, int, str], float]:
+    n, better = len(pairs), _better(arm)
+    tokens = sum(judged.answer_tokens for _, judged in pairs)
     return {
-        (f"{arm}: answer loss", "nats/token", len(judged), "lower" if _better(arm) != "same" else "same"): sum(
-            o.answer_loss for o in judged
-        )
-        / tokens,
-        (f"{arm}: four-way choice", "share", len(judged), _better(arm)): sum(one.right for one in judged) / len(judged),
+        (f"{arm}: answer loss", "nats/token", n, "lower" if better == "higher" else better): sum(j.answer_loss for _, j in pairs) / tokens,
+        (f"{arm}: choice of four, near titles", "share", n, better): sum(j.is_right(q.choices) for q, j in pairs) / n,
+        # Trained titles are familiar, whichever term they belong to: only a model that has bound the two prefers the answer to these.
+        (f"{arm}: choice of four, titles of the arm", "share", n, better): sum(j.is_right(q.rivals) for q, j in pairs) / n,
     }
 
 

@@ -40,7 +40,7 @@ def test_sharing_the_prompt_changes_nothing(model: torch.nn.Module, renderer: Re
         total, tokens = scores[item.choices.index(item.answer)]
         assert judged.answer_loss == pytest.approx(total, abs=1e-4)
         assert judged.answer_tokens == tokens
-        assert judged.right == (min(scores, key=lambda score: score[0] / score[1]) == (total, tokens))
+        assert judged.is_right() == (min(scores, key=lambda score: score[0] / score[1]) == (total, tokens))
 
 
 def test_choices_agree_with_the_models_own_loss(model: torch.nn.Module, renderer: Renderer) -> None:
