@@ -59,12 +59,14 @@ def evaluate(
     run: Path, models: Sequence[Path] = (), overrides: Sequence[str] = (), progress: Callable[[str, str, int], None] = lambda *_: None
 ) -> Results:
     """Measure a finished run against its base, and further model directories on the same questions."""
-    _prepare_process()
-    from finetune.evaluation.evaluate import evaluate as measure
     from finetune.runs import open_run
 
     found = open_run(run)
-    return measure(found, load_config(found.config, overrides).config, models, progress)
+    config = load_config(found.config, overrides).config
+    _prepare_process()
+    from finetune.evaluation.evaluate import evaluate as measure
+
+    return measure(found, config, models, progress)
 
 
 def merge(
@@ -77,22 +79,25 @@ def merge(
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Fold a finished run's adapter into its base and prove the result by reloading it."""
-    _prepare_process()
-    from finetune.merging.merge import MergeOptions
-    from finetune.merging.merge_run import merge_run
     from finetune.runs import open_run
 
     found = open_run(run)
     config = load_config(found.config).config
+    _prepare_process()
+    from finetune.merging.merge import MergeOptions
+    from finetune.merging.merge_run import merge_run
+
     return merge_run(found, config, destination, base=base, options=MergeOptions(dtype=dtype, force=force, progress=progress))
 
 
 def stored_results(run: Path) -> Results | None:
     """What the last evaluation of ``run`` found; None where there was none."""
-    from finetune.evaluation.results import read_results
     from finetune.runs import open_run
 
-    return read_results(open_run(run))
+    found = open_run(run)
+    from finetune.evaluation.results import read_results
+
+    return read_results(found)
 
 
 def places(run: Path) -> dict[str, Path]:

@@ -125,6 +125,18 @@ def write_config(tmp_path: Path, tiny_model_dir: Path, chat_file: Path) -> Calla
     return write
 
 
+@pytest.fixture(scope="session")
+def train_here() -> Callable[..., Path]:
+    """(config file, *overrides, resume=False) -> run directory. In this process: starting a new one costs seconds of imports."""
+
+    def run(path: Path, *overrides: str, resume: bool = False) -> Path:
+        from finetune import api
+
+        return api.train(api.load_config(path, overrides).config, resume=resume).path
+
+    return run
+
+
 class Finished:
     """A command that ran."""
 

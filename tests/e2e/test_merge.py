@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from finetune import api
+from finetune.errors import ConfigError, VerificationError
+
 Run = Callable[..., Any]
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -54,10 +57,10 @@ def elsewhere(base: Path, adapter: Path, merged: Path, quantization: str) -> dic
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a6_adapter_and_merged_model_agree_in_a_fresh_process(
-    finetune: Run, write_config: Write, tmp_path: Path, tiny_model_dir: Path, quantization: str
+    finetune: Run, train_here: Run, write_config: Write, tmp_path: Path, tiny_model_dir: Path, quantization: str
 ) -> None:
     config = write_config(quantization={"method": quantization}, tuning={"method": "lora", "rank": 8, "alpha": 8, "scaling": "rslora"})
-    assert finetune("train", config).code == 0
+    train_here(config)
     merged = tmp_path / "merged"
     done = finetune("merge", tmp_path / "run", "-O", merged, "--dtype", "fp32")
     assert done.code == 0, done.err
@@ -66,25 +69,21 @@ def test_a6_adapter_and_merged_model_agree_in_a_fresh_process(
     assert found["trained"] > 0.05
     assert found["apart"] < 1e-4
     assert found["dtype"] == "torch.float32"
-    evaluated = finetune("eval", tmp_path / "run", merged, "--json")
-    assert evaluated.code == 0, evaluated.err
-    figures = {figure["name"]: figure["values"] for figure in json.loads(evaluated.out)["figures"]}
-    loss = figures["validation: loss"]
+    results = api.evaluate(tmp_path / "run", [merged])
+    loss = next(figure.values for figure in results.figures if figure.name == "validation: loss")
     assert loss["tuned"] < loss["base"]
     assert loss["merged"] == pytest.approx(loss["tuned"], abs=1e-4)
-    report = finetune("report", tmp_path / "run")
-    assert report.code == 0
-    assert str(merged) in report.out
-    assert "validation" in report.out
+    assert api.stored_results(tmp_path / "run") == results
+    assert api.places(tmp_path / "run")["merged model"] == merged
 
 
-def test_a_merge_that_cannot_be_written_leaves_nothing(finetune: Run, write_config: Write, tmp_path: Path) -> None:
-    assert finetune("train", write_config()).code == 0
+def test_a_merge_that_cannot_be_written_leaves_nothing(finetune: Run, train_here: Run, write_config: Write, tmp_path: Path) -> None:
+    train_here(write_config())
     run, merged = tmp_path / "run", tmp_path / "merged"
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("x")
-    done = finetune("merge", run, "-O", tmp_path / "taken", "--force")
-    assert done.code == 2, done.err
+    with pytest.raises(ConfigError):
+        api.merge(run, tmp_path / "taken", force=True)
     assert (tmp_path / "taken" / "thesis.tex").read_text() == "x"
     weights = run / "adapter" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -100,15 +99,14 @@ def test_a_merge_that_cannot_be_written_leaves_nothing(finetune: Run, write_conf
 
 
 def test_a4_another_base_of_the_same_shape_is_refused(
-    finetune: Run, write_config: Write, tmp_path: Path, make_tiny_model: Callable[..., Path]
+    train_here: Run, write_config: Write, tmp_path: Path, make_tiny_model: Callable[..., Path]
 ) -> None:
     base = make_tiny_model(seed=1)
-    assert finetune("train", write_config(model={"id": str(base)})).code == 0
+    train_here(write_config(model={"id": str(base)}))
     other = make_tiny_model(seed=2)
     (base / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
-    done = finetune("eval", tmp_path / "run")
-    assert done.code == 6, done.err
-    assert "not the one this run was trained on" in done.err
+    with pytest.raises(VerificationError, match="not the one this run was trained on"):
+        api.evaluate(tmp_path / "run")
 
 
 def test_medical_70b_runs_in_full_on_a_small_model_of_its_architecture(

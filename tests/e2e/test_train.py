@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from finetune.errors import ConfigError, FinetuneError
+
 Run = Callable[..., Any]
 Write = Callable[..., Path]
 
@@ -49,10 +51,9 @@ def test_a_run_leaves_what_the_contract_says(finetune: Run, write_config: Write,
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "paged-adamw-8bit"])
-def test_d1_killed_and_resumed_equals_uninterrupted(finetune: Run, write_config: Write, tmp_path: Path, optimizer: str) -> None:
+def test_d1_killed_and_resumed_equals_uninterrupted(train_here: Run, write_config: Write, tmp_path: Path, optimizer: str) -> None:
     settings = {"tuning": DROPOUT, "train": TRAIN, "optimizer": {"learning_rate": 0.01, "method": optimizer}}
-    straight = finetune("train", write_config("a.yaml", **settings, output=str(tmp_path / "straight")))
-    assert straight.code == 0, straight.err
+    train_here(write_config("a.yaml", **settings, output=str(tmp_path / "straight")))
     config = write_config("b.yaml", **settings, output=str(tmp_path / "killed"))
     killed = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-m", "finetune", "train", str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -60,8 +61,7 @@ def test_d1_killed_and_resumed_equals_uninterrupted(finetune: Run, write_config:
     process.kill()
     process.communicate()
     assert not (killed / "adapter").exists()
-    resumed = finetune("train", config, "--resume")
-    assert resumed.code == 0, resumed.err
+    train_here(config, resume=True)
     assert adapter_hash(killed) == adapter_hash(tmp_path / "straight")
     wanted, got = metrics(tmp_path / "straight"), metrics(killed)
     assert [(row["kind"], row["step"], row.get("loss")) for row in got] == [(row["kind"], row["step"], row.get("loss")) for row in wanted]
@@ -92,10 +92,10 @@ def test_b2_a_signal_saves_and_says_how_to_resume(write_config: Write, tmp_path:
     assert metrics(tmp_path / "run")[-1]["step"] == int(newest.name.removeprefix("step-"))
 
 
-def test_two_processes_train_the_same_model(finetune: Run, write_config: Write, tmp_path: Path) -> None:
-    one = finetune("train", write_config("a.yaml", output=str(tmp_path / "one")))
+def test_two_processes_train_the_same_model(finetune: Run, train_here: Run, write_config: Write, tmp_path: Path) -> None:
+    train_here(write_config("a.yaml", output=str(tmp_path / "one")))
     two = finetune("train", write_config("b.yaml", output=str(tmp_path / "two")), "--devices", "2")
-    assert one.code == two.code == 0, two.err
+    assert two.code == 0, two.err
     assert two.out == f"{tmp_path / 'two'}\n"
     a, b = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     for key in ("loss", "grad_norm", "learning_rates", "validation_loss"):
@@ -103,24 +103,21 @@ def test_two_processes_train_the_same_model(finetune: Run, write_config: Write, 
         assert got == [pytest.approx(value, rel=1e-5) for value in wanted], key
 
 
-def test_a13_the_seed_reaches_everything(finetune: Run, write_config: Write, tmp_path: Path) -> None:
+def test_a13_the_seed_reaches_everything(train_here: Run, write_config: Write, tmp_path: Path) -> None:
     hashes = []
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
-        done = finetune("train", write_config(tuning=DROPOUT, seed=seed, output=str(tmp_path / name), train={**TRAIN, "max_steps": 3}))
-        assert done.code == 0, done.err
-        hashes.append(adapter_hash(tmp_path / name))
+        settings = {"tuning": DROPOUT, "seed": seed, "train": {**TRAIN, "max_steps": 3}}
+        hashes.append(adapter_hash(train_here(write_config(**settings, output=str(tmp_path / name)))))
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_b11_an_occupied_output_is_refused_and_a_finished_run_is_left_alone(finetune: Run, write_config: Write, tmp_path: Path) -> None:
+def test_b11_an_occupied_output_is_refused_and_a_finished_run_is_left_alone(train_here: Run, write_config: Write, tmp_path: Path) -> None:
     config = write_config(train={**TRAIN, "max_steps": 2})
-    assert finetune("train", config).code == 0
-    again = finetune("train", config)
-    assert again.code == 2
-    assert "--resume" in again.err
+    train_here(config)
+    with pytest.raises(ConfigError, match="--resume"):
+        train_here(config)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "adapter").iterdir()}
-    resumed = finetune("train", config, "--resume")
-    assert resumed.code == 0
+    train_here(config, resume=True)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "adapter").iterdir()}
 
 
@@ -133,11 +130,11 @@ def test_b11_an_occupied_output_is_refused_and_a_finished_run_is_left_alone(fine
         ("data.max_tokens=128", "data.max_tokens"),
     ],
 )
-def test_a2_resume_names_every_difference(interrupted: tuple[Path, Path], finetune: Run, override: str, named: str) -> None:
+def test_a2_resume_names_every_difference(interrupted: tuple[Path, Path], train_here: Run, override: str, named: str) -> None:
     config, run = interrupted
-    done = finetune("train", config, "--resume", "-o", override)
-    assert done.code == 2, done.err
-    assert named in done.err
+    with pytest.raises(ConfigError) as caught:
+        train_here(config, override, resume=True)
+    assert any(problem.what.startswith(f"{named} is ") for problem in caught.value.problems)
     assert not (run / "adapter").exists()
 
 
@@ -161,11 +158,14 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, 
     return config, run
 
 
-def test_a2_resume_refuses_changed_data(interrupted: tuple[Path, Path], finetune: Run, chat_file: Path, tmp_path: Path) -> None:
+def test_a2_resume_refuses_changed_data(interrupted: tuple[Path, Path], finetune: Run, chat_file: Path) -> None:
     config, _ = interrupted
-    changed = tmp_path / "changed.jsonl"
-    changed.write_text(chat_file.read_text().replace("Title 3", "Title 4"))
-    done = finetune("train", config, "--resume", "-o", f"data.train.0.source={changed}")
+    text = chat_file.read_text()
+    chat_file.write_text(text.replace("Title 3", "Title 4"))
+    try:
+        done = finetune("train", config, "--resume")
+    finally:
+        chat_file.write_text(text)
     assert done.code == 2
     assert "fingerprints.data" in done.err
 
@@ -180,15 +180,15 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_mistakes_end_with_three_parts_and_leave_nothing(finetune: Run, write_config: Write, tmp_path: Path, case: str) -> None:
+def test_mistakes_have_three_parts_and_leave_nothing(train_here: Run, write_config: Write, tmp_path: Path, case: str) -> None:
     sections, code, named = BAD[case]
-    done = finetune("train", write_config(**sections))
-    assert done.code == code, done.err
-    assert named in done.err
-    assert "where:" in done.err
-    assert "fix:" in done.err
-    assert "Traceback" not in done.err
-    assert done.out == ""
+    with pytest.raises(FinetuneError) as caught:
+        train_here(write_config(**sections))
+    assert caught.value.exit_code == code
+    problem = caught.value.problems[0]
+    assert named in str(problem)
+    assert problem.where
+    assert problem.fix
     assert not (tmp_path / "run").exists()
 
 
@@ -198,6 +198,10 @@ def test_a_malformed_line_is_named(finetune: Run, write_config: Write, tmp_path:
     done = finetune("train", write_config(data={"train": [{"source": str(data)}]}))
     assert done.code == 3
     assert "broken.jsonl:2" in done.err
+    assert "where:" in done.err
+    assert "fix:" in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
     assert not (tmp_path / "run").exists()
 
 
@@ -205,8 +209,11 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     code = "import sys, finetune.cli.app; heavy = {'torch', 'transformers', 'pydantic', 'rich'} & set(sys.modules); assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True)
     for arguments in (["--help"], ["train", "--help"], ["eval", "--help"], ["merge", "--help"]):
-        used = min(cpu_seconds(arguments) for _ in range(3))
-        assert used < 0.4, (arguments, used)
+        # the least of several: what others do at the same time only ever adds to it
+        used = [cpu_seconds(arguments)]
+        while min(used) >= 0.4 and len(used) < 8:
+            used.append(cpu_seconds(arguments))
+        assert min(used) < 0.4, (arguments, used)
 
 
 def cpu_seconds(arguments: list[str]) -> float:
