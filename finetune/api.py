@@ -62,6 +62,7 @@ def evaluate(
     from finetune.runs import open_run
 
     found = open_run(run)
+    _require_evaluation(overrides)
     config = load_config(found.config, overrides).config
     _prepare_process()
     from finetune.evaluation.evaluate import evaluate as measure
@@ -117,6 +118,20 @@ def report(run: Path) -> Path:
     from finetune.runs import open_run
 
     return write_report(open_run(run))
+
+
+def _require_evaluation(overrides: Sequence[str]) -> None:
+    """ConfigError for an override of what was trained: a run is measured as it is."""
+    from finetune.errors import ConfigError
+
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not key.startswith("evaluation.") and key != "train.tokens_per_device":
+            raise ConfigError(
+                f"{key} cannot be changed for an evaluation: the run is measured as it was trained",
+                where=f"-o {key}=...",
+                fix="override keys of `evaluation`, or train.tokens_per_device (memory)",
+            )
 
 
 def _prepare_process() -> None:

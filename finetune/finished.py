@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from finetune.config.schema import Config, LoftqInit, Lora, NoQuantization
-from finetune.data.render import Renderer
+from finetune.data.render import Example, Renderer
+from finetune.data.stored import load_rows
 from finetune.errors import ConfigError, VerificationError
 from finetune.hardware import detect
 from finetune.model.adapters import load
@@ -20,7 +21,7 @@ from finetune.model.load import load_base, load_tokenizer, storage_dtype
 from finetune.model.loftq import restore_base
 from finetune.model.start import before_training
 from finetune.planning.resolve import Resolved, resolve
-from finetune.runs import RunDirectory, read_json
+from finetune.runs import RunDirectory, read_json, sha256_of
 from finetune.scoring import Scorer
 
 
@@ -36,6 +37,9 @@ class FinishedRun:
     model: Any
     """The tuned model, in eval mode."""
     renderer: Renderer
+    rows: tuple[Example, ...]
+    """Validation rows; training rows where the run had none."""
+    has_validation: bool
     resolved: Resolved
     device: torch.device
 
@@ -71,19 +75,23 @@ def load_run(run: RunDirectory, config: Config) -> FinishedRun:
             "the run is not finished: it has no adapter", where=str(run.path), fix="finish it with `finetune train CONFIG --resume`"
         )
     base = resolve_model(config.model.id, config.model.revision)
-    if fingerprint(base) != read_json(run.environment)["identity"]["fingerprints"]["base"]:
+    records = read_json(run.environment)
+    if fingerprint(base) != records["identity"]["fingerprints"]["base"]:
         raise VerificationError(
             "the base model is not the one this run was trained on", where=str(base), fix="restore it, or pin model.revision as it was"
         )
-    resolved = resolve(config, detect())
+    if sha256_of(run.rows) != records["rows_sha256"]:
+        raise VerificationError("the run's validation rows are not those it was validated on", where=str(run.rows), fix="restore the file")
+    rows, has_validation = load_rows(run.rows)
+    resolved = resolve(config, detect()).pinned(**records["computed_in"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _tuned(config, directory, base, storage_dtype(config.quantization, resolved), device)
-    return FinishedRun(config, directory, base, model, Renderer(load_tokenizer(directory)), resolved, device)
+    return FinishedRun(config, directory, base, model, Renderer(load_tokenizer(directory)), rows, has_validation, resolved, device)
 
 
 def _tuned(config: Config, directory: Path, base: Path, dtype: torch.dtype, device: torch.device) -> Any:
     if not isinstance(config.tuning, Lora):
-        return load_base(directory, NoQuantization(), dtype, device)
+        return load_base(directory, NoQuantization(), torch.float32, device)  # as it was trained and stored
     model = load_base(base, config.quantization, dtype, device)
     if isinstance(config.tuning.init, LoftqInit):
         restore_base(model, directory, base, config.quantization, dtype)

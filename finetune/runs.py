@@ -170,6 +170,11 @@ class RunDirectory:
         return self.path / "adapter"
 
     @property
+    def rows(self) -> Path:
+        """The tokenized rows that the run is validated on, so that evaluation and merging need no data file."""
+        return self.path / "rows.safetensors"
+
+    @property
     def model(self) -> Path:
         """The whole trained model, where full tuning leaves no adapter."""
         return self.path / "model"
@@ -236,14 +241,22 @@ def open_run(path: Path) -> RunDirectory:
     return run
 
 
-def create_run(path: Path) -> RunDirectory:
-    """A new run directory; ConfigError where something lies there already, so that two runs never mix."""
+def require_free(path: Path) -> None:
+    """ConfigError where something lies at ``path`` already, or nothing can be made there; writes nothing."""
     if path.exists() and not (path.is_dir() and _is_fresh(path)):
         raise ConfigError(
             "the output directory is not empty",
             where=str(path),
             fix="continue that run with --resume, or choose another with -o output=...",
         )
+    parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"{parent} is not a directory that can be written", where=str(path), fix="choose another with -o output=...")
+
+
+def create_run(path: Path) -> RunDirectory:
+    """A new run directory; ConfigError where something lies there already, so that two runs never mix."""
+    require_free(path)
     run = RunDirectory(path)
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -256,8 +269,15 @@ def create_run(path: Path) -> RunDirectory:
 
 def _is_fresh(path: Path) -> bool:
     """Whether ``path`` is empty, or holds only what a run writes before environment.json, which a kill may have left."""
-    names = {str(entry.relative_to(path)) for entry in path.rglob("*")}
-    return names <= {".lock", "checkpoints", "config.yaml", "plan.json", "loftq_base.safetensors"}
+    names = {str(entry.relative_to(path)) for entry in path.rglob("*") if entry.suffix != ".tmp"}
+    return names <= {".lock", "checkpoints", "config.yaml", "plan.json", "loftq_base.safetensors", "rows.safetensors"}
+
+
+def sweep(run: RunDirectory) -> None:
+    """Remove what killed processes left half-written; only under the run's lock."""
+    for folder in (run.path, run.path / "checkpoints"):
+        for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextmanager

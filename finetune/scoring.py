@@ -47,8 +47,13 @@ class Scorer:
 
     def mean_loss(self, examples: Sequence[Example], advance: Callable[[int], None] = lambda _: None) -> float:
         """Mean nats a supervised token over all of ``examples``: every token counts the same, however they are batched (pitfall A16)."""
+        total, count = self.total_loss(examples, advance)
+        return total / count
+
+    def total_loss(self, examples: Sequence[Example], advance: Callable[[int], None] = lambda _: None) -> tuple[float, int]:
+        """Nats summed over the supervised tokens of ``examples``, and their number."""
         total, count = 0.0, 0
         for _, losses in self.losses(examples, advance):
             total += float(losses.sum())
             count += len(losses)
-        return total / count
+        return total, count

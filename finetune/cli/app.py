@@ -18,7 +18,7 @@ import typer
 from finetune import __version__, api
 from finetune.cli import config_commands, data_commands
 from finetune.cli.options import ConfigPath, Json, Overrides, RunPath
-from finetune.errors import FinetuneError, RunInterruptedError
+from finetune.errors import ConfigError, DataError, FinetuneError, RunInterruptedError
 
 app = typer.Typer(
     name="finetune",
@@ -176,6 +176,9 @@ def main() -> NoReturn:
     """Run the command line; errors become messages and exit codes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupted)
+    if "--debug" in sys.argv:  # wherever it stands
+        sys.argv.remove("--debug")
+        os.environ["FINETUNE_DEBUG"] = "1"
     try:
         app()
     except FinetuneError as error:
@@ -186,7 +189,8 @@ def main() -> NoReturn:
 def _fail(error: FinetuneError) -> NoReturn:
     if os.environ.get("FINETUNE_DEBUG"):
         raise error
-    if _is_first():
+    # Wrong files are wrong for every worker, so the first alone says so; a machine or a step can fail on any of them.
+    if _is_first() or not isinstance(error, ConfigError | DataError):
         from finetune.cli import view
 
         view.show_error(error)

@@ -99,7 +99,7 @@ REASONS: dict[str, str] = {
     "mlflow": "tracking knows `tensorboard` and `wandb`; metrics.jsonl is always written",
     "trackio": "tracking knows `tensorboard` and `wandb`; metrics.jsonl is always written",
     "comet": "tracking knows `tensorboard` and `wandb`; metrics.jsonl is always written",
-    "streaming": "data is prepared once and cached, so that the order of a run can be repeated",
+    "streaming": "data is prepared before the first step, so that the order of a run can be repeated",
     "chat_template": "the tokenizer's own template is used",
     "push_to_hub": "`finetune merge` writes a directory; upload it with `hf upload`",
     "hub_model_id": "`finetune merge` writes a directory; upload it with `hf upload`",

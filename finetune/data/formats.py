@@ -48,7 +48,7 @@ def parse(row: Row, format_name: str = "auto") -> Record:
         raise DataError(
             f"format {name!r} needs the column {missing[0]!r}, this row has {', '.join(map(repr, row.values)) or 'none'}",
             where=row.where,
-            excerpt=json.dumps(row.values, ensure_ascii=False, default=str)[:120],
+            excerpt=_excerpt(row),
             fix="rename the column or state another `format`",
         )
     return _PARSERS[name](row)
@@ -64,9 +64,18 @@ def _recognize(row: Row) -> str:
     raise DataError(
         f"no known format has the columns {', '.join(map(repr, row.values)) or '(none)'}",
         where=row.where,
-        excerpt=json.dumps(row.values, ensure_ascii=False, default=str)[:120],
+        excerpt=_excerpt(row),
         fix=f"the nearest is {nearest!r}: it needs {wanted}",
     )
+
+
+def _excerpt(row: Row) -> str:
+    """The start of the row as a terminal can show it: half a surrogate pair, which JSON allows, has no encoding."""
+    try:
+        text = json.dumps(row.values, ensure_ascii=False, default=str)[:120]
+    except RecursionError:  # nested almost as deeply as can be read
+        return ""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _string(row: Row, column: str, *, empty: bool = False) -> str:

@@ -36,13 +36,15 @@ class PreparedData:
 
 def prepare(data: Data, renderer: Renderer, seed: int) -> PreparedData:
     """Read, render and check all data; DataError at the first row that cannot be used."""
+    _refuse_validation_weights(data)
     counts: Counter[str] = Counter()
     by_source = [(source, list(_examples(source, data, renderer, counts))) for source in data.train]
+    _require_rows(by_source)
     if isinstance(data.validation, ValidationSplit):
         by_source, validation = _split(by_source, data.validation.fraction, seed)
     else:
         validation = [example for source in data.validation or () for example in _examples(source, data, renderer, counts)]
-    train = [example for source, examples in by_source for example in _weighted(examples, source.weight, seed)]
+    train = [example for source, examples in by_source for example in _weighted(source, examples, seed)]
     _require(train, validation, data)
     _refuse_overlap(train, validation)
     counts["duplicate rows"] = len(train) - len({example.content_hash() for example in train})
@@ -112,11 +114,41 @@ def _split(by_source: _BySource, fraction: float, seed: int) -> tuple[_BySource,
     return kept, list(validation.values())
 
 
-def _weighted(examples: list[Example], weight: float, seed: int) -> Iterable[Example]:
-    """Whole repetitions, then a seeded share without replacement."""
-    whole = int(weight)
-    rest = random.Random(f"weight:{seed}").sample(examples, round((weight - whole) * len(examples)))
-    return [*(examples * whole), *rest]
+def _weighted(source: Source, examples: list[Example], seed: int) -> Iterable[Example]:
+    """Whole repetitions, then a seeded share without replacement; DataError where the weight rounds every row away."""
+    whole = int(source.weight)
+    share = round((source.weight - whole) * len(examples))
+    if examples and not whole and not share:
+        raise DataError(
+            f"the weight {source.weight:g} of {len(examples)} training row(s) rounds to no row",
+            where=source.source,
+            fix="raise its weight, or remove the source",
+        )
+    return [*(examples * whole), *random.Random(f"weight:{seed}").sample(examples, share)]
+
+
+def _refuse_validation_weights(data: Data) -> None:
+    """Every validation row counts once, so a weight would be ignored."""
+    if data.validation is None or isinstance(data.validation, ValidationSplit):
+        return
+    for source in data.validation:
+        if source.weight != 1.0:
+            raise DataError(
+                f"a validation source has the weight {source.weight:g}, but every validation row counts once",
+                where=source.source,
+                fix="remove weight from validation sources",
+            )
+
+
+def _require_rows(by_source: _BySource) -> None:
+    """Before the split, which may rightly draw all rows of a small source for validation."""
+    for source, examples in by_source:
+        if not examples:
+            raise DataError(
+                f"the training source gives no row (weight {source.weight:g}, 0 rows)",
+                where=source.source,
+                fix="check the file and data.overlong, or remove the source",
+            )
 
 
 def _require(train: list[Example], validation: list[Example], data: Data) -> None:

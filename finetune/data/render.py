@@ -6,6 +6,7 @@ Training, evaluation and generation share this one renderer, so that the model i
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,11 @@ from finetune.data.formats import Conversation, Message, Record, Text
 from finetune.errors import DataError
 
 Supervise = Literal["assistant", "last-turn", "all"]
+
+# What an expression of a template can raise beside Jinja's own errors: `{{ 1 + 'a' }}`, `{{ '%q' % 1 }}`, `{{ 1 / 0 }}`, ...
+_TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,7 @@ class Renderer:
 
     def prompt(self, messages: Sequence[Message], where: str = "prompt") -> tuple[int, ...]:
         """Ids that ask for the next assistant turn, as at inference."""
-        self._refuse_control_tokens(messages, where)
+        self._check_content(messages, where)
         return self._encode(self._template(messages, where, ask=True))[0]
 
     def example(self, record: Record, supervise: Supervise = "assistant") -> Example:
@@ -73,14 +79,14 @@ class Renderer:
         return example
 
     def _document(self, record: Text) -> Example:
-        self._refuse_control_tokens([Message("document", record.text)], record.where)
+        self._check_content([Message("document", record.text)], record.where)
         ids = [*self.tokenizer(record.text)["input_ids"]]
         if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
             ids.append(self.tokenizer.eos_token_id)
         return Example(tuple(ids), (False, *(True for _ in ids[1:])), record.where)
 
     def _conversation(self, record: Conversation, supervise: Supervise) -> Example:
-        self._refuse_control_tokens(record.messages, record.where)
+        self._check_content(record.messages, record.where)
         rendered = self._template(record.messages, record.where)
         ids, offsets = self._encode(rendered)
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
@@ -129,13 +135,25 @@ class Renderer:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
         except TemplateError as error:
             raise DataError(f"the chat template refuses this conversation: {error}", where=where, fix="check the order of roles") from error
+        except _TEMPLATE_FAULTS as error:
+            raise DataError(
+                f"the chat template fails on this conversation: {type(error).__name__}: {error}",
+                where=where,
+                fix="check the order of roles, or mend the tokenizer's chat template",
+            ) from error
 
     def _encode(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return tuple(encoded["input_ids"]), encoded["offset_mapping"]
 
-    def _refuse_control_tokens(self, messages: Sequence[Message], where: str) -> None:
+    def _check_content(self, messages: Sequence[Message], where: str) -> None:
         for message in messages:
+            if _SURROGATE.search(message.content):
+                raise DataError(
+                    "the text holds half a surrogate pair, which is no character",
+                    where=where,
+                    fix=r"remove it (\ud800 to \udfff), or the row",
+                )
             for token in self.control_tokens:
                 if token in message.content:
                     raise DataError(

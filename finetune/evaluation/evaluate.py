@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import assert_never
 
 from finetune.config.schema import Config, ForgettingTask, Icd10cm, KnowledgeTask, LossTask, Task
-from finetune.data.prepare import prepare
 from finetune.data.render import Example
+from finetune.errors import ConfigError
 from finetune.evaluation import forgetting, knowledge
 from finetune.evaluation.results import RESULTS, Figure, Measurement, Results, Sample, side_by_side
 from finetune.evaluation.systems import System, base_and_tuned, directory_system
@@ -36,7 +36,8 @@ def evaluate(run: RunDirectory, config: Config, models: Sequence[Path] = (), pro
     began = time.perf_counter()
     finished = load_run(run, config)
     systems = [*base_and_tuned(finished), *(directory_system(finished, path) for path in models)]
-    measuring = _Measuring(config, finished, _validation(config, finished))
+    _named_apart(systems)
+    measuring = _Measuring(config, finished, finished.rows if finished.has_validation else ())
     figures: list[Figure] = []
     samples: list[Sample] = []
     for task in config.evaluation.tasks:
@@ -53,10 +54,14 @@ def evaluate(run: RunDirectory, config: Config, models: Sequence[Path] = (), pro
     return results
 
 
-def _validation(config: Config, finished: FinishedRun) -> tuple[Example, ...]:
-    if config.data.validation is None or not any(isinstance(task, LossTask) for task in config.evaluation.tasks):
-        return ()
-    return prepare(config.data, finished.renderer, config.seed).validation
+def _named_apart(systems: Sequence[System]) -> None:
+    """ConfigError where two models would share a column."""
+    names = [system.name for system in systems]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"two models are called {name!r}", where="MODEL", fix="rename a directory, or evaluate them one after the other"
+            )
 
 
 def _measure(task: Task, system: System, measuring: _Measuring, progress: Progress) -> Measurement:

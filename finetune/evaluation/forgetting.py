@@ -22,14 +22,11 @@ def measure(scorer: Scorer, renderer: Renderer, advance: Callable[[int], None] =
         for question in general_questions()
     ]
     loss = scorer.mean_loss(blocks, advance)
-    judged = judge(scorer, renderer, items, advance)
-    return Measurement(
-        {
-            ("general text: loss", "nats/token", sum(block.supervised for block in blocks), "same"): loss,
-            ("general questions: four-way choice", "share", len(items), "same"): sum(one.is_right() for one in judged) / len(judged),
-        },
-        {},
-    )
+    values = {("general text: loss", "nats/token", sum(block.supervised for block in blocks), "same"): loss}
+    if renderer.tokenizer.chat_template:  # a base model without one cannot be asked
+        judged = judge(scorer, renderer, items, advance)
+        values["general questions: four-way choice", "share", len(items), "same"] = sum(one.is_right() for one in judged) / len(judged)
+    return Measurement(values, {})
 
 
 def _blocks(text: Example) -> list[Example]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from finetune.data.formats import Message
 from finetune.data.render import Renderer
+from finetune.model.head import causal_model
 from finetune.scoring import Scorer
 
 _BATCH = 64
@@ -43,17 +47,23 @@ def _continue(scorer: Scorer, renderer: Renderer, prompts: Sequence[tuple[int, .
     for row, prompt in enumerate(prompts):  # padded on the left, so that all continue at the same place
         tokens[row, width - len(prompt) :] = torch.tensor(prompt)
         attention[row, width - len(prompt) :] = 1
-    with scorer.autocast():
-        out = scorer.model.generate(
-            input_ids=tokens.to(scorer.device),
-            attention_mask=attention.to(scorer.device),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )
+    with scorer.autocast(), _greedy(scorer.model, tokenizer.eos_token_id, max_tokens):
+        out = scorer.model.generate(input_ids=tokens.to(scorer.device), attention_mask=attention.to(scorer.device))
     return [text.strip() for text in tokenizer.batch_decode(out[:, width:].cpu(), skip_special_tokens=True)]
+
+
+@contextmanager
+def _greedy(model: Any, end: int, max_tokens: int) -> Iterator[None]:
+    """Inside the block the model generates greedily: its own defaults, such as a repetition penalty, do not apply."""
+    core = causal_model(model)
+    before = core.generation_config
+    core.generation_config = GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=False, use_cache=True, eos_token_id=end, pad_token_id=end
+    )
+    try:
+        yield
+    finally:
+        core.generation_config = before
 
 
 def is_exact(given: str, expected: str) -> bool:

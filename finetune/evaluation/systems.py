@@ -11,6 +11,7 @@ from finetune.config.schema import NoQuantization
 from finetune.errors import ConfigError
 from finetune.finished import FinishedRun
 from finetune.model.load import DTYPES, load_base
+from finetune.runs import read_json
 from finetune.scoring import Scorer
 
 
@@ -32,10 +33,12 @@ def base_and_tuned(finished: FinishedRun) -> list[System]:
 
 
 def directory_system(finished: FinishedRun, directory: Path) -> System:
-    """A plain model directory, such as a merged one, computed as the run computes."""
+    """A plain model directory, such as a merged one, in the type it is stored in: what is measured is what would be served."""
     if not (directory / "config.json").is_file():
         raise ConfigError(
             "not a model directory: config.json is missing", where=str(directory), fix="name a directory written by `finetune merge`"
         )
-    model = load_base(directory, NoQuantization(), DTYPES[finished.resolved.precision.value], finished.device)
-    return System(directory.name, finished.scorer(model), nullcontext)
+    stored = read_json(directory / "config.json").get("dtype")
+    precision = "bf16" if stored == "bfloat16" else "fp32"  # fp16 values are exact in fp32
+    model = load_base(directory, NoQuantization(), DTYPES[precision], finished.device)
+    return System(directory.name, Scorer(model, finished.device, precision, finished.resolved.tokens_per_device.value), nullcontext)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -136,10 +137,17 @@ def _require_destination(destination: Path, source: MergeSource, *, force: bool)
 
 def _reference(model: Any, source: MergeSource, probe: Probe) -> _Reference:
     device = device_of(model)
-    trained = measure(model, probe, device)
-    with before_training(model, source.adapter_dir, loftq=source.loftq):
+    with _computing(model, source.compute_dtype, device):
+        trained = measure(model, probe, device)
+    with _computing(model, source.compute_dtype, device), before_training(model, source.adapter_dir, loftq=source.loftq):
         loss_base = measure(model, probe, device).loss
     return _Reference(model, device, probe, trained, loss_base)
+
+
+def _computing(model: Any, dtype: torch.dtype, device: str) -> AbstractContextManager[object]:
+    """How ``model`` runs: fp32 copies of whole modules in a bf16 base need the autocast of training; LoRA layers cast for themselves."""
+    mixed = any(".modules_to_save." in name and parameter.dtype != dtype for name, parameter in model.named_parameters())
+    return torch.autocast(torch.device(device).type, dtype) if mixed else nullcontext()
 
 
 def _first_accepted(temporary: Path, source: MergeSource, reference: _Reference, options: MergeOptions, destination: Path) -> MergeReport:
@@ -168,7 +176,11 @@ def _try(temporary: Path, source: MergeSource, reference: _Reference, name: str,
         written = fold(source, temporary, dtype, options.progress)
     except DoesNotFitError as error:
         return Trial(name, False, error.problems[0].what, None, None), None
-    identity = require_identity(reference.model, temporary, source.compute_dtype) if source.base == "dequantized" else None
+    try:
+        identity = require_identity(reference.model, temporary, source.compute_dtype) if source.base == "dequantized" else None
+    except VerificationError as error:
+        # a wider type may hold what this one rounds away: it is tried next
+        return Trial(name, False, error.problems[0].what, None, None), None
     parity = compare(reference.trained, measure_in_fresh_process(temporary, reference.probe, reference.device), reference.loss_base)
     reason = _refusal(parity, source, dtype, automatic=options.dtype == "auto")
     return Trial(name, reason is None, reason or _acceptance(parity, name), parity, identity), written

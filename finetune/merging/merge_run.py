@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.config.schema import Config, Full
-from finetune.data.prepare import prepare
-from finetune.data.render import Example
 from finetune.errors import ConfigError
-from finetune.finished import FinishedRun, load_run
+from finetune.finished import load_run
 from finetune.merging.fold import Base, MergeSource
 from finetune.merging.merge import MergeOptions, MergeReport, merge
 from finetune.runs import RunDirectory, write_json
@@ -26,12 +23,6 @@ def merge_run(run: RunDirectory, config: Config, destination: Path, *, base: Bas
     source = MergeSource(
         finished.base, finished.directory, config.quantization, finished.dtype, base=base, loftq=finished.loftq, device=finished.device.type
     )
-    report = merge(finished.model, source, destination, _rows(config, finished), options)
+    report = merge(finished.model, source, destination, finished.rows[:_ROWS], options)
     write_json(run.path / "merge.json", {"destination": str(report.destination), **report.as_json()})
     return report
-
-
-def _rows(config: Config, finished: FinishedRun) -> Sequence[Example]:
-    """Validation rows; training rows where the run has none, which still show whether the merge is faithful."""
-    data = prepare(config.data, finished.renderer, config.seed)
-    return (data.validation or data.train)[:_ROWS]

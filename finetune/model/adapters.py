@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 
 from finetune.config.schema import Full, Lora, Tuning
 from finetune.errors import ConfigError, VerificationError
+from finetune.model.head import accept_wide_inputs
 from finetune.model.targets import embedding_module, find_targets
 
 WEIGHTS = "adapter_model.safetensors"
@@ -48,11 +52,22 @@ def attach(model: Any, tuning: Tuning) -> Any:
         model.requires_grad_(True)
         trained = model
     else:
-        trained = get_peft_model(model, lora_config(model, tuning))
+        config = lora_config(model, tuning)
+        with _no_tying_warning():
+            trained = get_peft_model(model, config)
+        accept_wide_inputs(model.get_output_embeddings())
     for parameter in trained.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return trained
+
+
+@contextmanager
+def _no_tying_warning() -> Iterator[None]:
+    """Without PEFT's advice on tied embeddings, which concerns its own merge: ours unties the pair and writes both sides."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
+        yield
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -86,13 +101,24 @@ def save(model: Any, directory: Path) -> None:
 def load(base: Any, directory: Path, *, is_trainable: bool = False) -> Any:
     """``base`` with the adapter of ``directory``: every tensor of the file is used and none is missing (pitfall A4)."""
     try:
-        model = PeftModel.from_pretrained(base, directory, is_trainable=is_trainable, local_files_only=True)
+        with _no_tying_warning():
+            model = PeftModel.from_pretrained(base, directory, is_trainable=is_trainable, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise VerificationError(
             f"cannot load the adapter: {error}", where=str(directory), fix="name the adapter of the same base model"
         ) from error
+    _restore_precision(model, load_file(directory / WEIGHTS))
     _require_equal(model, directory)
+    accept_wide_inputs(model.get_base_model().get_output_embeddings())
     return model
+
+
+def _restore_precision(model: Any, stored: dict[str, torch.Tensor]) -> None:
+    """Take fp32 tensors of the file as they are: PEFT makes modules_to_save copies in the base's type, and rounds what it loads to it."""
+    for name, parameter in model.named_parameters():
+        value = stored.get(name.replace(".modules_to_save.default.", ".").replace(".default.", "."))
+        if value is not None and value.dtype == torch.float32 and parameter.dtype.itemsize < value.dtype.itemsize:
+            parameter.data = value.to(parameter.device)
 
 
 def _require_equal(model: Any, directory: Path) -> None:
@@ -103,7 +129,9 @@ def _require_equal(model: Any, directory: Path) -> None:
             raise VerificationError(
                 f"the adapter tensor {name} is {'not used by the model' if name in stored else 'missing'}", where=str(directory / WEIGHTS)
             )
-        if not torch.equal(live[name].detach().cpu(), stored[name].to(live[name].dtype)):
+        # the wider of the two types holds both values exactly: a rounded copy is not equal
+        wide = torch.promote_types(live[name].dtype, stored[name].dtype)
+        if not torch.equal(live[name].detach().cpu().to(wide), stored[name].to(wide)):
             raise VerificationError(
                 f"the adapter tensor {name} differs from the file", where=str(directory / WEIGHTS), fix="save or copy it again"
             )

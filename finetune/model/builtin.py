@@ -49,6 +49,11 @@ def resolve_model(model_id: str, revision: str | None = None) -> Path:
     return _from_hub(model_id, revision)
 
 
+def public_name(model_id: str) -> str:
+    """What others know ``model_id`` by: the embedded model's hub id, else the id as it is."""
+    return HUB_ID if model_id == BUILTIN else model_id
+
+
 def fingerprint(directory: Path) -> str:
     """Hexadecimal sha256 over the names and full contents of config.json and every *.safetensors of ``directory``.
 

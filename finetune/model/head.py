@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional
@@ -11,7 +13,13 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 512
 """Positions whose logits exist at a time."""
 
-_HEAD_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+_TOLERANCE = 1e-3
+"""Relative difference of logits that the rounding of one type explains."""
+
+_PROBE_SCALE = 100.0
+"""Size of the largest logit in the measurement: a soft cap at 30 bends it by 70 %, where a small model's own logits of 0.1 hide it."""
+
+_plain: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
 def causal_model(model: Any) -> Any:
@@ -25,8 +33,76 @@ def backbone(model: Any) -> Any:
 
 
 def has_plain_head(model: Any) -> bool:
-    """Whether logits are just ``head(hidden)``: models that scale or cap them go through their own forward."""
-    return all(getattr(model.config, name, None) in (None, 1, 1.0) for name in _HEAD_SCALES)
+    """Whether logits are just ``head(hidden)``: models that scale or cap them go through their own forward.
+
+    Measured once a model, since there are too many names for such scales to list; its mode and the random state stay as they were.
+    """
+    if model not in _plain:
+        _plain[model] = _measure_head(model)
+    return _plain[model]
+
+
+def _measure_head(model: Any) -> bool:
+    """Whether the head reads the backbone's hidden states as they are, and its output is the model's logits."""
+    body, head = getattr(model, model.base_model_prefix or "-", None), model.get_output_embeddings()
+    if body is None or body is model or head is None:
+        return False
+    seen: dict[str, torch.Tensor] = {}
+
+    def after_body(_module: torch.nn.Module, _args: object, output: Any) -> None:
+        seen["hidden"] = output[0]
+
+    def after_head(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        seen["read"] = args[0]
+        seen["written"] = output * (_PROBE_SCALE / output.float().abs().max().clamp_min(1e-6))
+        return seen["written"]
+
+    with ExitStack() as stack:
+        for hook in (body.register_forward_hook(after_body), head.register_forward_hook(after_head)):
+            stack.callback(hook.remove)
+        logits = _probe(model, head)
+    return len(seen) == 3 and _agree(seen["hidden"], seen["read"]) and _agree(seen["written"], logits)
+
+
+@torch.no_grad()
+def _probe(model: Any, head: Any) -> torch.Tensor:
+    """Logits of a few tokens in eval mode, without a trace left in ``model`` or the random state."""
+    embedding = model.get_input_embeddings().weight
+    device = embedding.device
+    ids = torch.arange(min(8, len(embedding)), device=device)[None]
+    modes = [(module, module.training) for module in model.modules()]
+    half = head.weight.dtype in (torch.bfloat16, torch.float16)
+    # A half-precision model may hold fp32 parts that need autocast. Its cache is off: weights are cast here without gradient, and older
+    # versions of torch would hand them to the training step around.
+    dtype = head.weight.dtype if half else torch.get_autocast_dtype(device.type)
+    enabled = bool(half or torch.is_autocast_enabled(device.type))
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    try:
+        with forked, torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False):
+            logits: torch.Tensor = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return logits
+
+
+def _agree(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.shape != right.shape:
+        return False
+    return bool((left.float() - right.float()).norm() <= _TOLERANCE * left.float().norm())
+
+
+def accept_wide_inputs(head: torch.nn.Module | None) -> None:
+    """Make ``head`` cast its input to its own type where autocast does not: fp32 embeddings below a bf16 head make fp32 hidden states."""
+    if head is not None:
+        head.register_forward_pre_hook(lambda module, args: (_fitting(args[0], module), *args[1:]))
+
+
+def _fitting(hidden: torch.Tensor, head: Any) -> torch.Tensor:
+    """``hidden`` in the type that ``head`` can multiply."""
+    if torch.is_autocast_enabled(hidden.device.type) or not head.weight.is_floating_point():
+        return hidden
+    return hidden.to(head.weight.dtype)
 
 
 def target_losses(model: Any, ids: torch.Tensor, attention: torch.Tensor, supervised: torch.Tensor) -> torch.Tensor:
@@ -57,7 +133,7 @@ def hidden_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Te
     """Losses of hidden (n, d) against targets (n,), recomputing each chunk's logits in the backward pass."""
 
     def losses(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(head(rows).float(), wanted, reduction="none")
+        return functional.cross_entropy(head(_fitting(rows, head)).float(), wanted, reduction="none")
 
     pieces = []
     for rows, wanted in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):

@@ -59,9 +59,22 @@ def find_targets(model: Any, tuning: Lora) -> list[str]:
         return found or _refuse([targets.regex], names)
     if not isinstance(targets, str):
         return _by_name(names, targets)
+    if targets != "attention":
+        _refuse_fused_experts(model, targets)
     pattern = {"attention": _ATTENTION, "mlp": _MLP, "all-linear": re.compile("")}[targets]
     found = [name for name in names if pattern.search(f".{name}.")]
     return found or _refuse([targets], names)
+
+
+def _refuse_fused_experts(model: Any, targets: str) -> None:
+    """Experts that are one 3-D parameter are no linear modules: ``targets`` would silently leave out most of the model."""
+    fused = [name for name, parameter in model.named_parameters() if parameter.ndim >= 3 and _MLP.search(f".{name}.")]
+    if fused:
+        raise ConfigError(
+            f"{targets} would leave out the fused experts {fused[0]}, which adapters do not support in this version",
+            where="tuning.targets",
+            fix="use `targets: attention`, or list the modules by name",
+        )
 
 
 def _by_name(names: Sequence[str], targets: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from finetune.config.schema import Config, FourBit
@@ -33,6 +33,15 @@ class Resolved:
     tokens_per_device: Choice[int]
     gradient_checkpointing: Choice[bool]
     strategy: Choice[str]
+
+    def types(self) -> dict[str, Precision]:
+        """What `pinned` takes back."""
+        return {"precision": self.precision.value, "compute_dtype": self.compute_dtype.value}
+
+    def pinned(self, precision: Precision, compute_dtype: Precision) -> Resolved:
+        """The same with the types that a run was started with, which decide its numbers on whatever machine it goes on."""
+        reason = "as the run was started"
+        return replace(self, precision=Choice(precision, reason), compute_dtype=Choice(compute_dtype, reason))
 
     def as_dict(self) -> dict[str, Any]:
         """For plan.json."""

@@ -10,6 +10,7 @@ import torch
 
 from finetune.config.schema import Config, EightBit, FourBit, LoftqInit, Lora
 from finetune.model.adapters import attach
+from finetune.model.builtin import public_name
 from finetune.model.load import load_base, storage_dtype
 from finetune.model.loftq import LoftqReport, Quantizer, apply_loftq, restore_base
 from finetune.planning.resolve import Resolved
@@ -39,6 +40,9 @@ def build_model(config: Config, base: Path, resolved: Resolved, device: torch.de
     """
     dtype = storage_dtype(config.quantization, resolved)
     model = attach(load_base(base, config.quantization, dtype, device), config.tuning)
+    if isinstance(config.tuning, Lora):
+        # what others load the adapter onto; a path of this machine would mean nothing to them
+        model.peft_config["default"].base_model_name_or_path = public_name(config.model.id)
     if resolved.gradient_checkpointing.value:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Built(model, _initialize(model, config, base, dtype, resumed))

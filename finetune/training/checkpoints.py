@@ -12,7 +12,7 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from finetune.errors import VerificationError
+from finetune.errors import DivergedError, VerificationError
 from finetune.model.adapters import WEIGHTS, is_adapter, save, trainable
 from finetune.runs import RunDirectory, read_json, sealed_directory, verify, write_json
 
@@ -28,8 +28,12 @@ class Progress:
     """Optimizer steps done."""
     supervised_tokens: int = 0
     tokens: int = 0
+    last_loss: float | None = None
+    """Validation loss when it was last measured."""
     best_loss: float | None = None
     best_step: int | None = None
+    patience_loss: float | None = None
+    """What early stopping waits to see undercut."""
     evaluations_without_gain: int = 0
     stopped_early: bool = False
 
@@ -40,6 +44,13 @@ class Progress:
 
 def save_checkpoint(run: RunDirectory, run_id: str, model: Any, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
     """Write the checkpoint of ``progress.step``; it exists whole or not at all."""
+    broken = [name for name, parameter in trainable(model).items() if not bool(torch.isfinite(parameter).all())]
+    if broken:
+        raise DivergedError(
+            f"{broken[0]} is not finite after step {progress.step}; no checkpoint was written",
+            where=str(run.path),
+            fix="lower optimizer.learning_rate or lengthen the warm-up; the last checkpoint is intact",
+        )
     destination = run.checkpoint(progress.step)
     with sealed_directory(destination) as directory:
         save(model, directory)

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.config.schema import Config, Full
 from finetune.model.adapters import save
+from finetune.model.builtin import public_name
 from finetune.model.correction import FILE as LOFTQ_FILE
 from finetune.runs import RunDirectory, sealed_directory, write_json, write_text
 from finetune.training.checkpoints import Progress, load_weights
@@ -21,22 +22,25 @@ def export(run: RunDirectory, config: Config, tokenizer: Any, model: Any, progre
         load_weights(run.checkpoint(step), model)
     destination = run.model if isinstance(config.tuning, Full) else run.adapter
     with sealed_directory(destination) as directory:
+        model.config.use_cache = True  # off while training; the result is for inference
         save(model, directory)
         tokenizer.save_pretrained(directory)
         if (run.path / LOFTQ_FILE).is_file():
             shutil.copyfile(run.path / LOFTQ_FILE, directory / LOFTQ_FILE)
-        write_json(directory / "training.json", {"step": step, "best_step": progress.best_step, "validation_loss": progress.best_loss})
-        write_text(directory / "README.md", _card(config, step, progress))
+        loss = progress.best_loss if step == progress.best_step else progress.last_loss
+        figures = {"step": step, "validation_loss": loss, "best_step": progress.best_step, "best_loss": progress.best_loss}
+        write_json(directory / "training.json", figures)
+        write_text(directory / "README.md", _card(config, step, loss))
     return destination
 
 
-def _card(config: Config, step: int, progress: Progress) -> str:
+def _card(config: Config, step: int, loss: float | None) -> str:
     """A model card with the metadata that model hubs read."""
-    loss = "not measured" if progress.best_loss is None else f"{progress.best_loss:.4f} nats a supervised token (step {progress.best_step})"
+    measured = "not measured" if loss is None else f"{loss:.4f} nats a supervised token"
     library = "transformers" if isinstance(config.tuning, Full) else "peft"
     sources = "\n".join(f"- {source.source}" for source in config.data.train)
     return f"""---
-base_model: {config.model.id}
+base_model: {public_name(config.model.id)}
 library_name: {library}
 tags: [finetune, {config.tuning.method}]
 ---
@@ -46,7 +50,7 @@ tags: [finetune, {config.tuning.method}]
 Tuned from `{config.model.id}` with `finetune`: {config.tuning.method} on a base quantized as `{config.quantization.method}`,
 {step} optimizer steps of {config.train.batch_size} examples.
 
-Best validation loss: {loss}.
+Validation loss of these weights: {measured}.
 
 Trained on:
 {sources}

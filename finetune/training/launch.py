@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -13,11 +16,20 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from finetune.errors import HardwareError
 
+_STEP_SECONDS = 3600
+"""How long a worker may take to finish its step and save once it was asked to stop: a step of a 70B model is long."""
+
+
+def _patience() -> dict[str, Any]:
+    """The launcher's time limit for a clean end, where this version of torch lets it be set; its own is 30 s."""
+    known = {field.name for field in fields(LaunchConfig)}
+    return {"shutdown_timeout": _STEP_SECONDS} if "shutdown_timeout" in known else {}
+
 
 def launch(arguments: Sequence[str], devices: int | None) -> int | None:
     """Run ``finetune ARGUMENTS`` once a device and wait; returns the first failure's exit code, or 0.
 
-    Returns None where this process should do the work itself: it was launched already (torchrun, accelerate launch, SLURM), or one device
+    Returns None where this process should do the work itself: it was launched already (torchrun, accelerate launch), or one device
     is wanted. ``devices`` None means all GPUs. Raises HardwareError where more GPUs are asked for than there are.
     """
     if "LOCAL_RANK" in os.environ:
@@ -31,8 +43,17 @@ def launch(arguments: Sequence[str], devices: int | None) -> int | None:
     if count == 1:
         return None
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    # its own log repeats each failure without the reason, which the workers have already told
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="finetune", max_restarts=0
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="finetune",
+        max_restarts=0,
+        **_patience(),
     )
     try:
         elastic_launch(config, sys.executable)("-m", "finetune", *arguments)

@@ -28,6 +28,8 @@ from finetune.training.metrics import Evaluated, StepDone
 from finetune.training.optimizer import ParameterGroup, rate_factor, set_rates
 from finetune.training.signals import StopRequest
 
+_CALMER = "lower optimizer.learning_rate or lengthen the warm-up; the last checkpoint is intact"
+
 
 @dataclass(slots=True)
 class Session:
@@ -79,7 +81,7 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
                 where=session.config.output,
                 fix="continue with the same command and --resume",
             )
-    if progress.step > first + 1:
+    if first == 0 and progress.step > 1:  # a resumed run may have only the schedule's last, tiny steps left
         _require_change(start, _sums(session.parameters))
     return progress
 
@@ -100,11 +102,11 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
     pieces = micro_batches(indices, session.lengths, session.scorer.max_tokens)
     for number, piece in share(pieces, accelerator.process_index, accelerator.num_processes):
         loss += _backward(session, piece, dropout_seed(config.seed, step, number), supervised)
+    if check_gradients:
+        _require_gradients(session)
     if accelerator.num_processes > 1:
         loss = accelerator.reduce(loss, "sum")
         _add_gradients(session)
-    if check_gradients:
-        _require_gradients(session.parameters)
     norm = torch.nn.utils.clip_grad_norm_(session.parameters.values(), config.train.max_grad_norm or math.inf)
     values = (float(loss), float(norm))
     if not all(math.isfinite(value) for value in values):
@@ -150,15 +152,31 @@ def _any_device(session: Session, flag: bool) -> bool:
 def _validate(session: Session, progress: Progress) -> tuple[Progress, bool]:
     """Validation loss; whether it is the best so far."""
     began = time.perf_counter()
-    loss = session.scorer.mean_loss(session.data.validation)
-    early = session.config.train.early_stopping
-    margin = early.min_delta if early else 0.0
-    improved = progress.best_loss is None or loss < progress.best_loss - margin
+    loss = _validation_loss(session)
+    if not math.isfinite(loss):
+        raise DivergedError(f"the validation loss is {loss} after step {progress.step}", where=session.config.output, fix=_CALMER)
+    improved = progress.best_loss is None or loss < progress.best_loss
     session.record(Evaluated(progress.step, loss, time.perf_counter() - began, improved))
+    progress = progress.advanced(last_loss=loss)
     if improved:
-        return progress.advanced(best_loss=loss, best_step=progress.step, evaluations_without_gain=0), True
+        progress = progress.advanced(best_loss=loss, best_step=progress.step)
+    early = session.config.train.early_stopping
+    if early is None:
+        return progress, improved
+    if progress.patience_loss is None or loss < progress.patience_loss - early.min_delta:
+        return progress.advanced(patience_loss=loss, evaluations_without_gain=0), improved
     waited = progress.evaluations_without_gain + 1
-    return progress.advanced(evaluations_without_gain=waited, stopped_early=early is not None and waited >= early.patience), False
+    return progress.advanced(evaluations_without_gain=waited, stopped_early=waited >= early.patience), improved
+
+
+def _validation_loss(session: Session) -> float:
+    """Mean nats a supervised token; every device scores its share, and all get one figure to decide by."""
+    rank, world = session.accelerator.process_index, session.accelerator.num_processes
+    total, count = session.scorer.total_loss(session.data.validation[rank::world])
+    if world > 1:
+        sums = session.accelerator.reduce(torch.tensor([total, count], dtype=torch.float64, device=session.scorer.device), "sum")
+        total, count = sums.tolist()
+    return total / count
 
 
 def _diverged(step: int, values: tuple[float, float], rows: list[str]) -> DivergedError:
@@ -166,13 +184,16 @@ def _diverged(step: int, values: tuple[float, float], rows: list[str]) -> Diverg
     return DivergedError(
         f"the loss ({values[0]}) or the gradient's norm ({values[1]}) is not finite in step {step}; the step was not applied",
         where=f"rows {shown}",
-        fix="lower optimizer.learning_rate or lengthen the warm-up; the last checkpoint is intact",
+        fix=_CALMER,
     )
 
 
-def _require_gradients(parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Every trainable tensor takes part in the loss (pitfall A11)."""
-    idle = [name for name, parameter in parameters.items() if parameter.grad is None]
+def _require_gradients(session: Session) -> None:
+    """Every trainable tensor takes part in the loss on some device (pitfall A11)."""
+    used = torch.tensor([float(parameter.grad is not None) for parameter in session.parameters.values()], device=session.scorer.device)
+    if session.accelerator.num_processes > 1:
+        used = session.accelerator.reduce(used, "sum")
+    idle = [name for name, count in zip(session.parameters, used.tolist(), strict=True) if not count]
     if idle:
         raise VerificationError(
             f"{len(idle)} trainable tensors receive no gradient, first {idle[0]}",

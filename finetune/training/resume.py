@@ -11,13 +11,19 @@ from finetune.config.schema import Config
 from finetune.errors import ConfigError, Problem
 from finetune.runs import RunDirectory, read_json
 
-_NOT_COMPARED = ("output", "tracking", "evaluation")
-"""Sections that do not change what is trained."""
+_NOT_COMPARED: dict[str, Any] = {
+    "output": True,
+    "tracking": True,
+    "evaluation": True,
+    "train": {"tokens_per_device": True, "gradient_checkpointing": True, "checkpoint": True},
+}
+"""What does not change what is trained, only where it goes, how much memory it takes and what is kept. (The cut into micro-batches decides
+which numbers dropout draws, so a run with dropout that goes on with other tokens_per_device is equal in distribution, not bitwise.)"""
 
 
 def identity(config: Config, prints: Mapping[str, str], parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run; ``prints`` are fingerprints of data, base and template."""
-    settings = config.model_dump(mode="json", exclude=set(_NOT_COMPARED))
+    settings = config.model_dump(mode="json", exclude=_NOT_COMPARED)
     return {
         "config": settings,
         "fingerprints": dict(prints),

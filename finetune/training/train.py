@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,15 +17,16 @@ from finetune.config.dump import dump_config
 from finetune.config.schema import Config
 from finetune.data.prepare import PreparedData, prepare
 from finetune.data.render import Renderer
-from finetune.errors import VerificationError
+from finetune.data.stored import save_rows
+from finetune.errors import HardwareError, VerificationError
 from finetune.hardware import detect, environment
 from finetune.model.adapters import count_parameters, trainable
 from finetune.model.builtin import fingerprint, resolve_model
-from finetune.model.load import load_tokenizer
+from finetune.model.load import load_tokenizer, require_vocabulary
 from finetune.model.loftq import save_base_correction
 from finetune.planning.resolve import Resolved, resolve
 from finetune.planning.steps import Steps, count_steps
-from finetune.runs import RunDirectory, create_run, locked, open_run, read_json, write_json, write_text
+from finetune.runs import RunDirectory, create_run, locked, open_run, read_json, require_free, sha256_of, sweep, write_json, write_text
 from finetune.scoring import Scorer
 from finetune.training.build import Built, build_model
 from finetune.training.checkpoints import Progress, load_checkpoint, rotate, save_checkpoint
@@ -34,7 +35,7 @@ from finetune.training.loop import Session, fit
 from finetune.training.metrics import AlreadyFinished, CheckpointSaved, Evaluated, Event, MetricsFile, Observer, Started, StepDone, ignore
 from finetune.training.optimizer import ParameterGroup, assign_groups, build_optimizer
 from finetune.training.resume import identity, require_same
-from finetune.training.signals import stop_on_signals
+from finetune.training.signals import StopRequest, stop_on_signals
 from finetune.training.tracking import require_trackers, scalars, trackers
 
 
@@ -64,14 +65,15 @@ def train(config: Config, observer: Observer = ignore, *, resume: bool = False) 
     Raises the errors of `finetune.errors`; whatever is wrong with configuration, data or targets is known before anything is written.
     """
     run = RunDirectory(Path(config.output))
-    if resume:
-        if open_run(run.path).trained() is not None:
-            observer(AlreadyFinished(run.path))
-            return run
-    elif run.path.exists():
-        create_run(run.path)  # refuses what is not empty
+    if not resume:
+        require_free(run.path)
+    elif _is_finished(open_run(run.path)):
+        observer(AlreadyFinished(run.path))
+        return run
     require_trackers(config.tracking)
     inputs = gather(config)
+    if resume:
+        inputs = replace(inputs, resolved=inputs.resolved.pinned(**read_json(run.environment)["computed_in"]))
     # Process groups exist only from here on: slow preparation on one rank cannot time out another (pitfall B4).
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     with stop_on_signals() as stop:
@@ -89,11 +91,30 @@ def train(config: Config, observer: Observer = ignore, *, resume: bool = False) 
                 session = _session(start, config, parts, _joined(observer, watching))
                 if not resumed:
                     session.save(start.progress)  # proves before the first step that a checkpoint can be written (pitfall B7)
-                progress = fit(session, start.progress, stop)
+                progress = _fit(session, start.progress, stop)
             if accelerator.is_main_process:
                 export(run, config, inputs.renderer.tokenizer, parts.built.model, progress)
             accelerator.wait_for_everyone()
     return run
+
+
+def _is_finished(run: RunDirectory) -> bool:
+    """Whether nothing is left to do; a result that was damaged since is written again from the newest checkpoint."""
+    with suppress(VerificationError):
+        return run.trained() is not None
+    return False
+
+
+def _fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
+    try:
+        return fit(session, progress, stop)
+    except torch.OutOfMemoryError as error:
+        budget = session.scorer.max_tokens
+        raise HardwareError(
+            f"the device ran out of memory with micro-batches of {budget} tokens",
+            where=session.config.output,
+            fix=f"continue with --resume -o train.tokens_per_device={max(16, budget // 2)}, or with train.gradient_checkpointing=true",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +130,7 @@ class _Parts:
 
 def _build(config: Config, inputs: Inputs, accelerator: Any, resumed: Path | None) -> _Parts:
     built = build_model(config, inputs.base, inputs.resolved, accelerator.device, resumed)
+    require_vocabulary(inputs.renderer.tokenizer, built.model)
     parameters = trainable(built.model)
     groups = assign_groups(parameters, config.optimizer)
     return _Parts(inputs, built, groups, build_optimizer(parameters, groups, config.optimizer), accelerator)
@@ -128,17 +150,22 @@ def _begin(run: RunDirectory, config: Config, parts: _Parts, *, resume: bool) ->
     inputs, built = parts.inputs, parts.built
     prints = {"data": inputs.data.fingerprint, "base": fingerprint(inputs.base), "chat template": inputs.renderer.template_hash}
     now = identity(config, prints, trainable(built.model))
+    if parts.accelerator.is_main_process:
+        sweep(run)
     if resume:
         require_same(run, now)
     elif parts.accelerator.is_main_process:
         create_run(run.path)
-        write_text(run.config, dump_config(config))
+        write_text(run.config, dump_config(config.model_copy(update={"output": str(run.path.absolute())})))
+        save_rows(run.rows, inputs.data.train, inputs.data.validation)
         write_json(run.plan, {"steps": asdict(inputs.steps), "resolved": inputs.resolved.as_dict(), "data": inputs.data.counts})
         if built.loftq is not None:
             save_base_correction(run.path, built.loftq)
         write_json(
             run.environment,
-            environment() | {"run_id": uuid.uuid4().hex, "started": datetime.now(UTC).isoformat(), "seed": config.seed, "identity": now},
+            environment()
+            | {"run_id": uuid.uuid4().hex, "started": datetime.now(UTC).isoformat(), "seed": config.seed, "identity": now}
+            | {"computed_in": inputs.resolved.types(), "rows_sha256": sha256_of(run.rows)},
         )
     parts.accelerator.wait_for_everyone()
     return _Start(run, str(read_json(run.environment)["run_id"]), Progress())

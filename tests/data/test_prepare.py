@@ -85,3 +85,39 @@ def test_a9_the_fingerprint_follows_every_input(tmp_path: Path, renderer: Render
     rows(path, [str(n) for n in range(19)] + ["changed"])
     prints.add(prepare(data(path), renderer, seed=0).fingerprint)
     assert len(prints) == 5
+
+
+def test_a_weight_of_a_validation_source_is_refused(tmp_path: Path, renderer: Renderer) -> None:
+    train, other = rows(tmp_path / "a.jsonl", ["1", "2"]), rows(tmp_path / "b.jsonl", ["8", "9"])
+    with pytest.raises(DataError, match="has the weight 2") as caught:
+        prepare(data(train, validation=[{"source": str(other), "weight": 2}]), renderer, seed=0)
+    problem = caught.value.problems[0]
+    assert (problem.where, problem.fix) == (str(other), "remove weight from validation sources")
+    assert len(prepare(data(train, validation=[{"source": str(other), "weight": 1}]), renderer, seed=0).validation) == 2
+
+
+def test_a_weight_that_rounds_a_source_away_is_refused(tmp_path: Path, renderer: Renderer) -> None:
+    paths = [rows(tmp_path / "a.jsonl", ["1", "2"]), rows(tmp_path / "b.jsonl", ["6", "7", "8", "9"])]
+
+    def weighted(weight: float) -> Data:
+        return Data.model_validate({"train": [{"source": str(paths[0])}, {"source": str(paths[1]), "weight": weight}], "max_tokens": 64})
+
+    with pytest.raises(DataError, match=r"the weight 0\.1 of 4 training") as caught:
+        prepare(weighted(0.1), renderer, seed=0)
+    assert caught.value.problems[0].where == str(paths[1])
+    assert caught.value.problems[0].fix
+    assert len(prepare(weighted(0.25), renderer, seed=0).train) == 3
+
+
+def test_a_training_source_without_rows_is_refused(tmp_path: Path, renderer: Renderer) -> None:
+    full, overlong, empty = rows(tmp_path / "a.jsonl", ["1"]), rows(tmp_path / "b.jsonl", ["x" * 300]), rows(tmp_path / "c.jsonl", [])
+    for path in (overlong, empty):
+        with pytest.raises(DataError, match="gives no row") as caught:
+            prepare(data(full, path, overlong="drop"), renderer, seed=0)
+        assert caught.value.problems[0].where == str(path)
+
+
+def test_a_source_whose_rows_are_all_drawn_for_validation_is_accepted(tmp_path: Path, renderer: Renderer) -> None:
+    many, one = rows(tmp_path / "a.jsonl", [str(n) for n in range(20)]), rows(tmp_path / "b.jsonl", ["only"])
+    sides = [prepare(data(many, one, validation={"fraction": 0.4}), renderer, seed=seed) for seed in range(8)]
+    assert any(example.where == f"{one}:1" for prepared in sides for example in prepared.validation)

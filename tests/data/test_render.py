@@ -105,3 +105,46 @@ def test_a3_a_template_without_end_of_turn_is_refused(tiny_tokenizer_dir: Path) 
     )
     with pytest.raises(DataError, match="end-of-turn"):
         Renderer(tokenizer).example(Conversation((Message("user", "a"), Message("assistant", "b")), "here"))
+
+
+@pytest.mark.parametrize(
+    "record", [Text("a \ud800 b", "a.jsonl:3"), Conversation((Message("user", "\udfff"), Message("assistant", "b")), "a.jsonl:3")]
+)
+def test_half_a_surrogate_pair_is_refused(renderer: Renderer, record: Text | Conversation) -> None:
+    with pytest.raises(DataError, match="half a surrogate pair") as caught:
+        renderer.example(record)
+    problem = caught.value.problems[0]
+    assert problem.where == "a.jsonl:3"
+    assert problem.fix.encode()
+    with pytest.raises(DataError, match="half a surrogate pair"):
+        renderer.prompt((Message("user", "\ud83d"),))
+    assert renderer.prompt((Message("user", "\U0001f600"),))
+
+
+@pytest.mark.parametrize(
+    ("expression", "kind"),
+    [
+        ("1 + m['content']", "TypeError"),
+        ("'%q' % 1", "ValueError"),
+        ("'{missing}'.format(a=1)", "KeyError"),
+        ("'%(x)s' % 1", "TypeError"),
+        ("'{1}'.format(1)", "IndexError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("range(10 ** 9)", "OverflowError"),
+        ("m.nothing.here", "has no attribute"),
+    ],
+)
+def test_a_template_that_fails_is_no_traceback(tiny_tokenizer_dir: Path, expression: str, kind: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+    tokenizer.chat_template = "{% for m in messages %}{{ " + expression + " }}{% endfor %}"
+    with pytest.raises(DataError, match=f"the chat template (fails on|refuses) this conversation.*{kind}") as caught:
+        Renderer(tokenizer).example(Conversation((Message("user", "a"), Message("assistant", "b")), "here:1"))
+    assert caught.value.problems[0].where == "here:1"
+    assert caught.value.problems[0].fix
+
+
+def test_a_template_that_calls_itself_forever_is_no_traceback(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+    tokenizer.chat_template = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
+    with pytest.raises(DataError, match="RecursionError"):
+        Renderer(tokenizer).prompt((Message("user", "a"),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -11,12 +12,27 @@ from finetune.data.formats import Conversation, Text, parse
 from finetune.data.sources import Row, read_rows
 from finetune.errors import DataError
 
+DEEP = "[" * 100_000 + "]" * 100_000
 BAD = {
     "truncated.jsonl": ('{"text": "ok"}\n{"text": "cut', ":2", "not valid JSON"),
     "list-row.jsonl": ("[1, 2]\n", ":1", "must be an object"),
     "object.json": ('{"text": "a"}', "object.json", "one list of objects"),
     "broken.json": ('[{"text": "a"},\n{"text" "b"}]', ":2", "not valid JSON"),
     "ragged.csv": ("question,answer\na,b\nc\n", ":3", "as many columns"),
+    "open.csv": ('question,answer\na,"b\n\nc,d\n', ":2", "not valid CSV"),
+    "blank-ragged.csv": ("question,answer\na,b\n\nc\n", ":4", "as many columns"),
+    "deep.jsonl": (f'{{"text": "ok"}}\n{{"text": {DEEP}}}\n', ":2", "nested too deeply"),
+    "deep.json": (f'[{{"text": "ok"}},\n{{"text": {DEEP}}}]', ":2", "nested too deeply"),
+    "only-deep.json": (DEEP, ":1", "nested too deeply"),
+    "twice.jsonl": ('{"text": "ok"}\n{"text": "a", "text": "b"}\n', ":2", "the key 'text' stands more than once"),
+    "twice.json": ('[\n{"text": "ok"},\n\n{"text": "a", "text": "b"}]', ":4", "the key 'text' stands more than once"),
+    "twice-object.json": ('\n{"text": "a", "text": "b"}', ":2", "the key 'text' stands more than once"),
+    "twice-inside.jsonl": (
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "a", "content": "b"}]}',
+        ":1",
+        "the key 'content' stands more than once",
+    ),
+    "digits.json": ('[{"text": "ok"},\n{"text": ' + "1" * 5000 + "}]", ":2", "not readable JSON"),
 }
 
 
@@ -29,7 +45,7 @@ def test_broken_files_name_their_line(tmp_path: Path, name: str) -> None:
         list(read_rows(str(path)))
     problem = caught.value.problems[0]
     assert what in problem.what
-    assert place in problem.where
+    assert problem.where.endswith(place)
     assert str(path) in problem.where
     assert problem.fix
 
@@ -62,6 +78,33 @@ def test_rows_that_fit_no_format(row: dict[str, object], what: str) -> None:
         parse(Row(row, "chat.jsonl:7"))
     assert caught.value.problems[0].where.startswith("chat.jsonl:7")
     assert caught.value.problems[0].fix
+
+
+def test_half_a_surrogate_pair_in_an_unknown_row_can_be_shown(tmp_path: Path) -> None:
+    path = tmp_path / "half.jsonl"
+    path.write_text(r'{"body": "a \ud800"}')
+    with pytest.raises(DataError, match="no known format") as caught:
+        [parse(row) for row in read_rows(str(path))]
+    assert r"a \ud800" in str(caught.value).encode().decode()
+
+
+def test_csv_fields_are_as_long_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "long.csv"
+    path.write_text("question,answer\nq," + "x" * 500_000 + "\n")
+    before = csv.field_size_limit()
+    (row,) = read_rows(str(path))
+    assert len(row.values["answer"]) == 500_000
+    assert csv.field_size_limit() == before
+
+
+def test_csv_rows_end_at_newlines_only(tmp_path: Path) -> None:
+    path = tmp_path / "lines.csv"
+    strange = "a\u2028b\x0cc\x85d\x1ce"
+    path.write_bytes(f'question,answer\r\nq,{strange}\r\n"two\r\nlines",z\r\n'.encode())
+    assert [(row.values, row.where) for row in read_rows(str(path))] == [
+        ({"question": "q", "answer": strange}, f"{path}:2"),
+        ({"question": "two\nlines", "answer": "z"}, f"{path}:4"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,31 @@ def test_a_merge_that_cannot_be_written_leaves_nothing(finetune: Run, train_here
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_evaluation_measures_what_was_trained(train_here: Run, write_config: Write, tmp_path: Path, chat_file: Path) -> None:
+    data = tmp_path / "own.jsonl"
+    data.write_text(chat_file.read_text())
+    run = train_here(write_config(data={"train": [{"source": str(data)}], "validation": {"fraction": 0.2}, "max_tokens": 256}))
+    before = api.evaluate(run).figures
+    data.unlink()  # the run directory is enough, here or on another machine
+    assert api.evaluate(run).figures == before
+    for override in ("quantization.method=nf4", "seed=1", "tuning.rank=32"):
+        with pytest.raises(ConfigError, match="cannot be changed"):
+            api.evaluate(run, overrides=[override])
+    (tmp_path / "tuned").mkdir()
+    api.merge(run, tmp_path / "tuned" / "base", dtype="fp32")
+    with pytest.raises(ConfigError, match="two models are called 'base'"):
+        api.evaluate(run, [tmp_path / "tuned" / "base"])
+
+
+def test_a2_the_types_of_a_run_do_not_follow_the_machine(train_here: Run, write_config: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"epochs": 1, "batch_size": 8, "precision": "auto", "tokens_per_device": 256}
+    run = train_here(write_config(train=settings, quantization={"method": "nf4"}))
+    before = api.evaluate(run).figures
+    here = json.loads((run / "environment.json").read_text())["machine"]["bf16"]
+    monkeypatch.setattr("finetune.hardware._cpu_has_bf16", lambda: not here)
+    assert api.evaluate(run).figures == before
+
+
 def test_a4_another_base_of_the_same_shape_is_refused(
     train_here: Run, write_config: Write, tmp_path: Path, make_tiny_model: Callable[..., Path]
 ) -> None:

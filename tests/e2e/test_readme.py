@@ -34,6 +34,13 @@ def test_every_line_is_of_a_kind_that_a_test_knows() -> None:
     assert {shlex.split(command)[0] for command in COMMANDS} == {"make", "pip", "finetune"}
 
 
+def test_the_pictures_and_links_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert "docs/quickstart.svg" in links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
 def test_the_make_targets_exist() -> None:
     for command in (shlex.split(command) for command in COMMANDS if command.startswith("make")):
         subprocess.run([*command, "-n"], cwd=ROOT, check=True, capture_output=True)

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from finetune import api
 from finetune.errors import ConfigError, FinetuneError
+from finetune.runs import verify
 
 Run = Callable[..., Any]
 Write = Callable[..., Path]
@@ -190,6 +192,47 @@ def test_mistakes_have_three_parts_and_leave_nothing(train_here: Run, write_conf
     assert problem.where
     assert problem.fix
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        {"method": "full"},
+        {"method": "lora", "rank": 4, "dora": True},
+        {"method": "lora", "rank": 4, "embeddings": "lora"},
+        {"method": "lora", "rank": 4, "embeddings": "full"},
+    ],
+    ids=lambda tuning: "-".join(str(value) for value in tuning.values()),
+)
+def test_what_is_evaluated_is_what_was_trained(train_here: Run, write_config: Write, tuning: dict[str, Any]) -> None:
+    """In bf16, where copies in the wrong type show: the last validation of the run and `eval` agree to the last digits."""
+    settings = {"epochs": 2, "batch_size": 8, "precision": "bf16", "tokens_per_device": 256}
+    run = train_here(write_config(tuning=tuning, train=settings))
+    last = [row["validation_loss"] for row in metrics(run) if row["kind"] == "evaluation"][-1]
+    figures = api.evaluate(run).figures
+    loss = next(figure.values for figure in figures if figure.name == "validation: loss")
+    assert loss["tuned"] == pytest.approx(last, abs=1e-6)
+    assert (
+        json.loads((run / ("model" if tuning["method"] == "full" else "adapter") / "training.json").read_text())["validation_loss"] == last
+    )
+
+
+def test_a_damaged_result_is_written_again_on_resume(train_here: Run, write_config: Write, tmp_path: Path) -> None:
+    config = write_config(train={**TRAIN, "max_steps": 2})
+    train_here(config)
+    wanted = adapter_hash(tmp_path / "run")
+    (tmp_path / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
+    (tmp_path / "run" / "checkpoints" / ".step-00000009.77.tmp").mkdir()
+    train_here(config, resume=True)
+    assert adapter_hash(tmp_path / "run") == wanted
+    verify(tmp_path / "run" / "adapter")
+    assert not list((tmp_path / "run").rglob(".*.tmp"))
+
+
+def test_an_output_below_a_file_is_refused_at_once(train_here: Run, write_config: Write, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="not a directory"):
+        train_here(write_config(output=str(tmp_path / "file" / "run")))
 
 
 def test_a_malformed_line_is_named(finetune: Run, write_config: Write, tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from finetune.config.schema import FourBit
+from finetune.config.schema import FourBit, NoQuantization, Quantization
 from finetune.errors import ConfigError, DataError, FinetuneError, VerificationError
 from finetune.merging import merge as merging
+from finetune.merging.identity import require_identity
 from finetune.merging.merge import MergeOptions, merge
 from finetune.merging.reload import Probe, measure
+from finetune.model.adapters import load
 from finetune.runs import verify
 
 NF4 = FourBit(method="nf4")
@@ -102,6 +104,59 @@ def test_auto_passes_over_a_type_whose_range_is_too_small(make: Make, tmp_path: 
     with pytest.raises(VerificationError, match="do not fit"):
         merge(made.model, made.source, tmp_path / "merged", ROWS, MergeOptions(dtype="fp16"))
     assert siblings(tmp_path) == {"base", "adapter"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_auto_passes_over_a_type_whose_weights_are_not_the_live_ones(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make()
+    train(made, 12, 1e-2)
+
+    def strict(model: Any, directory: Path, dtype: torch.dtype) -> float:
+        if AutoModelForCausalLM.from_pretrained(directory).dtype == torch.bfloat16:
+            raise VerificationError("q_proj differs from the adapter model's weight by 0.1 of its norm", where=str(directory))
+        return require_identity(model, directory, dtype)
+
+    monkeypatch.setattr(merging, "require_identity", strict)
+    report = merge(made.model, made.source, tmp_path / "merged", ROWS)
+    assert (report.trials[0].dtype, report.trials[0].accepted) == ("bf16", False)
+    assert "q_proj differs" in report.trials[0].reason
+    assert report.dtype != "bf16"
+
+
+@pytest.mark.usefixtures("quick")
+def test_auto_ends_with_every_reason_where_no_type_passes(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make()
+
+    def never(_model: Any, directory: Path, _dtype: torch.dtype) -> float:
+        raise VerificationError("q_proj differs from the adapter model's weight", where=str(directory))
+
+    monkeypatch.setattr(merging, "require_identity", never)
+    with pytest.raises(VerificationError) as error:
+        merge(made.model, made.source, tmp_path / "merged", ROWS)
+    assert [problem.what.split(":")[0] for problem in error.value.problems] == ["merged as bf16", "merged as fp16", "merged as fp32"]
+    assert siblings(tmp_path) == {"base", "adapter"}
+
+
+@pytest.mark.parametrize("quantization", [NoQuantization(), NF4], ids=["bf16", "nf4"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.usefixtures("quick")
+def test_fp32_embeddings_on_a_bf16_base_merge_as_they_were_trained(
+    make: Make, tmp_path: Path, quantization: Quantization, tied: bool
+) -> None:
+    made = make(
+        stored=torch.bfloat16,
+        compute=torch.bfloat16,
+        quantization=quantization,
+        tied=tied,
+        lora={"modules_to_save": ["model.embed_tokens"]},
+    )
+    loaded = load(made.fresh_base(), made.source.adapter_dir).eval()
+    report = merge(loaded, made.source, tmp_path / "merged", ROWS, FP32)
+    assert report.trials[0].identity is not None
+    assert report.trials[0].identity < 1e-6
+    written = load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"]
+    stored = load_file(made.source.adapter_dir / "adapter_model.safetensors")["base_model.model.model.embed_tokens.weight"]
+    assert torch.equal(written, stored)
 
 
 @pytest.mark.parametrize("loftq", [0, 2])
