@@ -72,7 +72,7 @@ def load_run(run: RunDirectory, config: Config) -> FinishedRun:
     directory = run.trained()
     if directory is None:
         raise ConfigError(
-            "the run is not finished: it has no adapter", where=str(run.path), fix="finish it with `finetune train CONFIG --resume`"
+            "the run is not finished: it has no adapter", where=str(run.path), fix=f"finish it with `finetune train {run.config} --resume`"
         )
     base = resolve_model(config.model.id, config.model.revision)
     records = read_json(run.environment)

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Literal, NoReturn
@@ -150,6 +151,10 @@ def report(run: RunPath, as_json: Json = False) -> None:
         return
     if results:
         view.show_results(results)
+    elif "adapter" in places or "model" in places:
+        view.note(f"not evaluated yet: finetune eval {run}")
+    else:
+        view.note(f"not finished: finetune train {run / 'config.yaml'} --resume")
     view.show_places({**places, "report": page})
 
 
@@ -188,7 +193,7 @@ def main() -> NoReturn:
 
 def _fail(error: FinetuneError) -> NoReturn:
     if os.environ.get("FINETUNE_DEBUG"):
-        raise error
+        traceback.print_exception(error)
     # Wrong files are wrong for every worker, so the first alone says so; a machine or a step can fail on any of them.
     if _is_first() or not isinstance(error, ConfigError | DataError):
         from finetune.cli import view

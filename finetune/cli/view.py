@@ -83,9 +83,9 @@ class TrainingView:
             f"{event.steps.total} steps over {counts['training rows']:,} rows, {counts['training tokens']:,} tokens an epoch."
         )
         for name, (value, reason) in event.choices.items():
-            err.print(f"  {name}: [bold]{escape(value)}[/] ({escape(reason)})", style="dim")
+            err.print(Text(_hanging(f"  {name}: {value} ({reason})", 4), style="dim"))
         for text in event.notes:
-            err.print(f"  {escape(text)}", style="dim")
+            err.print(Text(_hanging(f"  {text}", 4), style="dim"))
         err.print(_groups(event.groups))
         self._every = max(1, event.steps.total // 20)
         self._task = self._progress.add_task("train", total=event.steps.total, completed=event.done, loss="-", rate="-", speed="-")
@@ -185,6 +185,9 @@ def show_results(results: Any) -> None:
     show_samples(results.samples)
 
 
+_FEW_POSITIONS = 100
+
+
 def show_merge(report: Any) -> None:
     """What was written and how close it is to the adapter model, on stderr."""
     parity = report.parity
@@ -198,6 +201,10 @@ def show_merge(report: Any) -> None:
         f"verified by reloading, on {parity.positions:,} positions: largest logit difference {parity.max_logit_difference:.3g}, mean KL "
         f"{parity.mean_kl:.2g}, same arg-max {parity.argmax_agreement:.2%}, loss {parity.loss_adapter:.4f} -> {parity.loss_merged:.4f}"
     )
+    if parity.positions < _FEW_POSITIONS:
+        note(
+            f"  {parity.positions} positions are few: the shares above are noise; each weight was compared with the adapter model's besides"
+        )
 
 
 def show_places(places: Mapping[str, Any]) -> None:

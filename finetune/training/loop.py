@@ -79,7 +79,7 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
                 f"stopped by a signal after step {progress.step} of {session.steps.total}; a checkpoint is saved",
                 signal_number=stop.signal_number or 15,
                 where=session.config.output,
-                fix="continue with the same command and --resume",
+                fix=f"finetune train {session.config.output}/config.yaml --resume",
             )
     if first == 0 and progress.step > 1:  # a resumed run may have only the schedule's last, tiny steps left
         _require_change(start, _sums(session.parameters))

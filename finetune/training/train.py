@@ -18,7 +18,7 @@ from finetune.config.schema import Config
 from finetune.data.prepare import PreparedData, prepare
 from finetune.data.render import Renderer
 from finetune.data.stored import save_rows
-from finetune.errors import HardwareError, VerificationError
+from finetune.errors import ConfigError, HardwareError, VerificationError
 from finetune.hardware import detect, environment
 from finetune.model.adapters import count_parameters, trainable
 from finetune.model.builtin import fingerprint, resolve_model
@@ -67,6 +67,8 @@ def train(config: Config, observer: Observer = ignore, *, resume: bool = False) 
     run = RunDirectory(Path(config.output))
     if not resume:
         require_free(run.path)
+    elif not run.environment.is_file():
+        raise ConfigError("there is no run to resume", where=str(run.path), fix="leave out --resume to begin it")
     elif _is_finished(open_run(run.path)):
         observer(AlreadyFinished(run.path))
         return run
@@ -113,7 +115,7 @@ def _fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
         raise HardwareError(
             f"the device ran out of memory with micro-batches of {budget} tokens",
             where=session.config.output,
-            fix=f"continue with --resume -o train.tokens_per_device={max(16, budget // 2)}, or with train.gradient_checkpointing=true",
+            fix=f"finetune train {session.config.output}/config.yaml --resume -o train.tokens_per_device={max(16, budget // 2)}",
         ) from error
 
 

@@ -58,7 +58,10 @@ def test_a_directory_that_is_no_run_is_named(finetune: Run, tmp_path: Path) -> N
 
 
 def test_debug_shows_the_traceback(finetune: Run, tmp_path: Path) -> None:
-    assert "Traceback" in finetune("--debug", "report", tmp_path).err
+    for arguments in (("--debug", "report", tmp_path), ("report", tmp_path, "--debug")):
+        done = finetune(*arguments)
+        assert "Traceback" in done.err
+        assert done.code == 2
 
 
 def test_json_leaves_stdout_to_json(finetune: Run, write_config: Callable[..., Path], tmp_path: Path) -> None:
