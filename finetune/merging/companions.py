@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from finetune.errors import ConfigError, VerificationError
-from finetune.merging.shards import Slot
+from finetune.model.shards import Slot
 from finetune.model.weights import INDEX, SINGLE
 
 TOKENIZER_FILES = (

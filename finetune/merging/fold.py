@@ -29,10 +29,10 @@ from finetune.errors import VerificationError
 from finetune.merging.adapter import Adapter, LowRankUpdate
 from finetune.merging.companions import copy_companions, read_model_config, write_index, write_model_config
 from finetune.merging.layout import Layout, read_layout
-from finetune.merging.shards import ShardWriter, Slot
 from finetune.model.correction import FILE as CORRECTION
 from finetune.model.correction import Corrections
 from finetune.model.quantize import roundtrip
+from finetune.model.shards import ShardWriter, Slot
 from finetune.model.weights import Weights
 
 Base = Literal["dequantized", "original"]

@@ -429,7 +429,7 @@ def test_a_full_disk_leaves_nothing(make: Make, tmp_path: Path, monkeypatch: pyt
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("finetune.merging.shards.ShardWriter.write", full)
+    monkeypatch.setattr("finetune.model.shards.ShardWriter.write", full)
     with pytest.raises(FinetuneError, match="No space left") as error:
         merge(made.model, made.source, tmp_path / "merged", ROWS, FP32)
     assert error.value.exit_code == 4

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.errors import VerificationError
-from finetune.merging.shards import ShardWriter, Slot
+from finetune.model.shards import ShardWriter, Slot
 from finetune.model.weights import INDEX, SINGLE, TensorInfo, Weights
 
 

@@ -50,13 +50,13 @@ class Slot:
 class ShardWriter:
     """A safetensors file that is filled in the order of ``slots``; a context manager that forces it to disk."""
 
-    def __init__(self, path: Path, slots: Mapping[str, Slot]) -> None:
-        """Create ``path`` and write its header. FileExistsError where it exists."""
+    def __init__(self, path: Path, slots: Mapping[str, Slot], metadata: Mapping[str, str] | None = None) -> None:
+        """Create ``path`` and write its header, with ``metadata`` beside the format's name. FileExistsError where it exists."""
         self._path = path
         self._slots = dict(slots)
         self._waiting = list(slots)
         self._file = path.open("xb")
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         offset = 0
         for name, slot in slots.items():
             header[name] = {"dtype": _NAMES[slot.dtype], "shape": list(slot.shape), "data_offsets": [offset, offset + slot.size]}
