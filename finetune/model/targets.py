@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from finetune.config.schema import Lora, RegexTargets
-from finetune.errors import ConfigError, Problem
+from finetune.config.schema import AdaLora, Lora, RegexTargets, SpectrumTargets, TiedLora, Vera
+from finetune.errors import ConfigError, Problem, VerificationError
 
 _ATTENTION = re.compile(r"\.(self_attn|attn|attention|self_attention)\.")
 _MLP = re.compile(r"\.(mlp|feed_forward|ffn|block_sparse_moe|experts?)\.")
@@ -47,13 +48,17 @@ def embedding_module(model: Any) -> str:
     return str(next(name for name, module in model.named_modules() if module is embedding))
 
 
-def find_targets(model: Any, tuning: Lora) -> list[str]:
+def find_targets(model: Any, tuning: Lora | TiedLora | AdaLora | Vera, ratios: Mapping[str, float] | None = None) -> list[str]:
     """Full names of the linear modules that ``tuning.targets`` means.
 
-    Raises ConfigError where a name or pattern matches none, with the names that exist (pitfall A11).
+    ``ratios`` by module name, from `spectrum.ratios_for(tuning, base_dir)`, serve `{spectrum: share}` alone. Raises ConfigError where a
+    name or pattern matches none, with the names that exist (pitfall A11).
     """
     names = linear_modules(model)
     targets = tuning.targets
+    if isinstance(targets, SpectrumTargets):
+        _refuse_fused_experts(model, "spectrum")
+        return _by_spectrum(names, targets.spectrum, ratios)
     if isinstance(targets, RegexTargets):
         found = [name for name in names if re.search(targets.regex, name)]
         return found or _refuse([targets.regex], names)
@@ -64,6 +69,41 @@ def find_targets(model: Any, tuning: Lora) -> list[str]:
     pattern = {"attention": _ATTENTION, "mlp": _MLP, "all-linear": re.compile("")}[targets]
     found = [name for name in names if pattern.search(f".{name}.")]
     return found or _refuse([targets], names)
+
+
+def kind_of(module: str) -> str:
+    """The type of a module, within which layers are compared: the last part of its name, such as `q_proj`."""
+    return module.rpartition(".")[2]
+
+
+def ranked(ratios: Mapping[str, float]) -> dict[str, list[str]]:
+    """Module names by type, the highest ratio first; equal ones in the order of ``ratios``."""
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(ratios, key=lambda name: -ratios[name]):
+        kinds.setdefault(kind_of(name), []).append(name)
+    return kinds
+
+
+def chosen(ratios: Mapping[str, float], share: float) -> list[str]:
+    """The top ``share`` (0 < share <= 1) of the modules of each type by ratio, at least one of each, in the order of ``ratios``."""
+    top = {name for names in ranked(ratios).values() for name in names[: _count(share, len(names))]}
+    return [name for name in ratios if name in top]
+
+
+def _count(share: float, layers: int) -> int:
+    # 0.29 of 100 layers is 29, not the 28 that 28.999999999999996 would be cut to
+    return max(1, math.floor(share * layers + 1e-9))
+
+
+def _by_spectrum(names: Sequence[str], share: float, ratios: Mapping[str, float] | None) -> list[str]:
+    if ratios is None:
+        raise ValueError("targets by Spectrum need the ratios of the base: pass spectrum.ratios_for(tuning, base_dir)")
+    missing = [name for name in names if name not in ratios]
+    if missing:
+        raise VerificationError(
+            f"{missing[0]} has no signal-to-noise ratio", where="tuning.targets", fix="measure the base that was loaded: check model.id"
+        )
+    return chosen({name: ratios[name] for name in names}, share)
 
 
 def _refuse_fused_experts(model: Any, targets: str) -> None:
