@@ -1,15 +1,17 @@
-"""Models whose experts are one 3-D parameter."""
+"""Models whose experts are one 3-D parameter, and targets by Spectrum."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from finetune.config.schema import Lora
-from finetune.errors import ConfigError
-from finetune.model.targets import find_targets
+from finetune.errors import ConfigError, VerificationError
+from finetune.model.targets import chosen, find_targets
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -46,3 +48,37 @@ def test_what_can_be_adapted_beside_fused_experts_is_found_by_name() -> None:
 
 def test_all_linear_of_a_dense_model() -> None:
     assert len(find_targets(LlamaForCausalLM(LlamaConfig(**SIZES)), Lora(method="lora"))) == 7
+
+
+def llama(layers: int = 4) -> Any:
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": layers}))
+
+
+def test_spectrum_targets_are_full_names_of_the_best_layers_of_each_type() -> None:
+    model = llama()
+    names = [name for name, module in model.named_modules() if name.endswith("_proj")]
+    ratios = {name: float(number % 3) for number, name in enumerate(names)}
+    found = find_targets(model, Lora.model_validate({"method": "lora", "targets": {"spectrum": 0.5}}), ratios)
+    assert found == [name for name in names if name in chosen(ratios, 0.5)]
+    assert len(found) == 14
+    assert Counter(name.rpartition(".")[2] for name in found) == dict.fromkeys({name.rpartition(".")[2] for name in names}, 2)
+
+
+def test_spectrum_targets_without_ratios_or_with_those_of_another_model_are_refused() -> None:
+    tuning = Lora.model_validate({"method": "lora", "targets": {"spectrum": 0.5}})
+    with pytest.raises(ValueError, match="ratios"):
+        find_targets(llama(1), tuning)
+    with pytest.raises(VerificationError, match=r"layers\.1\..* has no signal-to-noise ratio"):
+        find_targets(llama(2), tuning, {name: 1.0 for name, _ in llama(1).named_modules()})
+
+
+def test_a_choice_of_one_type_does_not_spill_to_layers_that_end_alike() -> None:
+    """PEFT matches target names as suffixes: `1.q_proj` would be `11.q_proj` too if names were not whole."""
+    model = llama(12)
+    ratios = {name: float(".layers.1." in name) for name, _ in model.named_modules() if name.endswith("_proj")}
+    found = find_targets(model, Lora.model_validate({"method": "lora", "targets": {"spectrum": 0.1}}), ratios)
+    assert {name.split(".")[2] for name in found} == {"1"}
+    trained = get_peft_model(model, LoraConfig(r=2, target_modules=found))
+    adapted = {name for name, _ in trained.named_parameters() if ".lora_A." in name}
+    assert len(adapted) == 7
+    assert all(".layers.1." in name for name in adapted)
