@@ -15,15 +15,17 @@ from finetune.errors import ConfigError, Problem, VerificationError
 
 _ATTENTION = re.compile(r"\.(self_attn|attn|attention|self_attention)\.")
 _MLP = re.compile(r"\.(mlp|feed_forward|ffn|block_sparse_moe|experts?)\.")
-_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embeddings|embed_in)(\.|$)")
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|embeddings|embed_in|prompt_encoder)(\.|$)")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)(\.|$)")
+_MAGNITUDES = re.compile(r"\.(lora_magnitude_vector|lora_E|vera_lambda_[bd]|ia3_l)(\.|$)")
 _NORM = re.compile(r"norm[^.]*(\.|$)|\.ln_[^.]*\.", re.IGNORECASE)
 
 
 def roles_of(parameter: str) -> tuple[str, ...]:
     """Every role that a parameter's full name has, such as ``("lora-b", "attention")``."""
     tests = {
-        "magnitudes": "lora_magnitude_vector" in parameter,
+        # whatever scales rows, columns or directions: DoRA's magnitudes, AdaLoRA's Lambda, VeRA's d and b, IA3's scales
+        "magnitudes": bool(_MAGNITUDES.search(parameter)),
         "lora-a": ".lora_A." in parameter or "lora_embedding_A" in parameter,
         "lora-b": ".lora_B." in parameter or "lora_embedding_B" in parameter,
         "embeddings": bool(_EMBEDDINGS.search(parameter)),
@@ -74,6 +76,11 @@ def find_targets(model: Any, tuning: Lora | TiedLora | AdaLora | Vera, ratios: M
 def kind_of(module: str) -> str:
     """The type of a module, within which layers are compared: the last part of its name, such as `q_proj`."""
     return module.rpartition(".")[2]
+
+
+def layer_of(module: str) -> int | None:
+    """The layer a module is in: the first number in its name; None where there is none."""
+    return next((int(part) for part in module.split(".") if part.isdigit()), None)
 
 
 def ranked(ratios: Mapping[str, float]) -> dict[str, list[str]]:

@@ -99,7 +99,7 @@ def test_infinite_ratios_rank_first_in_the_models_order() -> None:
 # --- from a model's files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -120,9 +120,7 @@ def planted_model(make_tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
     return directory
 
 
-def test_every_linear_module_but_the_head_is_measured_once_and_kept(
-    tiny_model_dir: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_linear_module_but_the_head_is_measured_once_and_kept(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
     first = spectra(tiny_model_dir, lambda done, of: calls.append((done, of)))
     assert len(first) == 14
@@ -140,16 +138,16 @@ def test_every_linear_module_but_the_head_is_measured_once_and_kept(
     assert ratios(tiny_model_dir, list(first)[:2]) == {name: first[name].ratio for name in list(first)[:2]}
 
 
-def test_another_base_is_another_key(make_tiny_model: Callable[..., Path], tiny_model_dir: Path, cache: Path) -> None:
+def test_another_base_is_another_key(make_tiny_model: Callable[..., Path], tiny_model_dir: Path) -> None:
     assert spectra(tiny_model_dir) != spectra(make_tiny_model(seed=1))
 
 
-def test_a_module_the_base_has_not_is_refused(tiny_model_dir: Path, cache: Path) -> None:
-    with pytest.raises(VerificationError, match="no linear module model.nothing"):
+def test_a_module_the_base_has_not_is_refused(tiny_model_dir: Path) -> None:
+    with pytest.raises(VerificationError, match="no linear module model"):
         ratios(tiny_model_dir, ["model.nothing"])
 
 
-def test_nan_in_a_weight_is_refused_by_name_and_not_kept(tiny_model_dir: Path, tmp_path: Path, cache: Path) -> None:
+def test_nan_in_a_weight_is_refused_by_name_and_not_kept(tiny_model_dir: Path, tmp_path: Path) -> None:
     directory = tmp_path / "model"
     shutil.copytree(tiny_model_dir, directory)
     tensors = load_file(directory / "model.safetensors")
@@ -161,7 +159,7 @@ def test_nan_in_a_weight_is_refused_by_name_and_not_kept(tiny_model_dir: Path, t
             spectra(directory)
 
 
-def test_a_model_transformers_does_not_know_is_refused(tiny_model_dir: Path, tmp_path: Path, cache: Path) -> None:
+def test_a_model_transformers_does_not_know_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     directory = tmp_path / "model"
     shutil.copytree(tiny_model_dir, directory)
     (directory / "config.json").write_text('{"model_type": "no-such-model"}')
@@ -169,7 +167,7 @@ def test_a_model_transformers_does_not_know_is_refused(tiny_model_dir: Path, tmp
         spectra(directory)
 
 
-def test_m7_planted_layers_rank_first(planted_model: Path, cache: Path) -> None:
+def test_m7_planted_layers_rank_first(planted_model: Path) -> None:
     by_kind = ranked({name: found.ratio for name, found in spectra(planted_model).items()})
     assert len(by_kind) == 7
     for names in by_kind.values():
