@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
-from finetune.config.schema import Config, FourBit
+from finetune.config.schema import Config, FourBit, Prefix
 from finetune.hardware import Machine
 
 T = TypeVar("T")
@@ -33,15 +33,21 @@ class Resolved:
     tokens_per_device: Choice[int]
     gradient_checkpointing: Choice[bool]
     strategy: Choice[str]
+    optimizer: Choice[str]
+    """`optimizer.method`, never `auto`."""
 
-    def types(self) -> dict[str, Precision]:
-        """What `pinned` takes back."""
-        return {"precision": self.precision.value, "compute_dtype": self.compute_dtype.value}
+    def types(self) -> dict[str, str]:
+        """What `pinned` takes back: all that decides the numbers of a run."""
+        return {"precision": self.precision.value, "compute_dtype": self.compute_dtype.value, "optimizer": self.optimizer.value}
 
-    def pinned(self, precision: Precision, compute_dtype: Precision) -> Resolved:
-        """The same with the types that a run was started with, which decide its numbers on whatever machine it goes on."""
+    def pinned(self, precision: Precision, compute_dtype: Precision, optimizer: str | None = None) -> Resolved:
+        """The same with the types and the optimizer that a run was started with, on whatever machine it goes on.
+
+        ``optimizer`` is None for runs whose records are older than the choice: those stated it.
+        """
         reason = "as the run was started"
-        return replace(self, precision=Choice(precision, reason), compute_dtype=Choice(compute_dtype, reason))
+        kept = self.optimizer if optimizer is None else Choice(optimizer, reason)
+        return replace(self, precision=Choice(precision, reason), compute_dtype=Choice(compute_dtype, reason), optimizer=kept)
 
     def as_dict(self) -> dict[str, Any]:
         """For plan.json."""
@@ -52,7 +58,12 @@ def resolve(config: Config, machine: Machine) -> Resolved:
     """Decide every "auto" of ``config`` for ``machine``."""
     precision = _precision(config, machine)
     return Resolved(
-        precision, _compute_dtype(config, precision), _tokens(config, machine), _checkpointing(config, machine), _strategy(config)
+        precision=precision,
+        compute_dtype=_compute_dtype(config, precision),
+        tokens_per_device=_tokens(config, machine),
+        gradient_checkpointing=_checkpointing(config, machine),
+        strategy=_strategy(config),
+        optimizer=_optimizer(config, machine),
     )
 
 
@@ -85,9 +96,19 @@ def _strategy(config: Config) -> Choice[str]:
     return Choice("ddp", "every device holds the model and works on its share of each batch")
 
 
+def _optimizer(config: Config, machine: Machine) -> Choice[str]:
+    if config.optimizer.method != "auto":
+        return Choice(config.optimizer.method, "stated in optimizer.method")
+    if machine.kind == "cuda":
+        return Choice("paged-adamw-8bit", "its states take a quarter of AdamW's and spill to host memory instead of failing")
+    return Choice("adamw", "host memory is plentiful, and 32-bit states are exact")
+
+
 def _checkpointing(config: Config, machine: Machine) -> Choice[bool]:
     if config.train.gradient_checkpointing != "auto":
         return Choice(config.train.gradient_checkpointing, "stated in train.gradient_checkpointing")
+    if isinstance(config.tuning, Prefix):
+        return Choice(False, "prefix tuning hands keys and values to each layer, which recomputing would lose")
     if machine.kind == "cuda":
         return Choice(True, "GPU memory is the usual limit; recomputing costs about a third more time")
     return Choice(False, "host memory is plentiful, and recomputing costs about 40 % more time on a CPU")

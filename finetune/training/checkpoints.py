@@ -115,13 +115,31 @@ def load_optimizer_state(
         raise VerificationError(
             f"the optimizer state names {unknown[0]}, which does not train here", where=OPTIMIZER, fix="resume with the same configuration"
         )
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     states: dict[str, dict[str, Any]] = {name: dict(scalars.get(name, {})) for name in names}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("/")
-        # torch keeps the step counter of AdamW on the CPU
-        states[name][field] = tensor if field == "step" else tensor.to(parameters[name].device)
+        # torch keeps the step counter on the CPU, but where the update is fused
+        on_host = field == "step" and not groups[parameters[name]].get("fused")
+        states[name][field] = tensor if on_host else tensor.to(parameters[name].device)
     for name, state in states.items():
-        optimizer.state[parameters[name]] = state
+        _restore(optimizer, parameters[name], state)
+
+
+def _restore(optimizer: Any, parameter: torch.nn.Parameter, state: dict[str, Any]) -> None:
+    """Hand ``state`` to ``optimizer``; a paged one gets it in the memory it would have taken for itself."""
+    if not getattr(optimizer, "is_paged", False):
+        optimizer.state[parameter] = state
+        return
+    places = ((g, p) for g, group in enumerate(optimizer.param_groups) for p, other in enumerate(group["params"]) if other is parameter)
+    group, place = next(places)
+    optimizer.init_state(optimizer.param_groups[group], parameter, group, place)
+    own = optimizer.state[parameter]
+    for field, value in state.items():
+        if isinstance(value, torch.Tensor):
+            own[field].copy_(value)
+        else:
+            own[field] = value
 
 
 def rotate(run: RunDirectory, keep: int, best_step: int | None) -> None:

@@ -24,8 +24,9 @@ from finetune.planning.steps import Steps
 from finetune.scoring import Scorer
 from finetune.training.batching import dropout_seed, global_batch, micro_batches, share
 from finetune.training.checkpoints import Progress
+from finetune.training.groups import ParameterGroup
 from finetune.training.metrics import Evaluated, StepDone
-from finetune.training.optimizer import ParameterGroup, rate_factor, set_rates
+from finetune.training.optimizer import rate_factor, set_rates
 from finetune.training.signals import StopRequest
 
 _CALMER = "lower optimizer.learning_rate or lengthen the warm-up; the last checkpoint is intact"

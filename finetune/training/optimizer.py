@@ -1,133 +1,144 @@
-"""Parameter groups with their own learning rate and decay, the optimizer, and the schedule."""
+"""The optimizers by name, and the schedule that scales their rates."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from finetune.config.schema import ROLES, Group, Optimizer, Schedule
-from finetune.errors import ConfigError, HardwareError, Problem
-from finetune.model.targets import roles_of
+from finetune.config.schema import Galore, Optimizer, Schedule
+from finetune.errors import HardwareError
 from finetune.planning.steps import Steps
+from finetune.training.galore import GaLore
+from finetune.training.groups import ParameterGroup
+from finetune.training.lion import Lion
 
-REST = "(rest)"
-"""Name of the group of parameters that no entry of `optimizer.groups` matches."""
+Groups = list[dict[str, Any]]
 
-
-@dataclass(frozen=True, slots=True)
-class ParameterGroup:
-    """Parameters that share a learning rate and a weight decay."""
-
-    name: str
-    learning_rate: float
-    """Peak rate; the schedule multiplies it."""
-    weight_decay: float
-    names: tuple[str, ...]
-    parameters: int
-    """Number of scalars."""
-
-    def summary(self) -> dict[str, Any]:
-        """For plan.json and the table: everything but the names."""
-        return {key: value for key, value in asdict(self).items() if key != "names"} | {"tensors": len(self.names)}
-
-
-def assign_groups(parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer) -> list[ParameterGroup]:
-    """Put each trainable parameter into exactly one group; the first matching entry wins.
-
-    LoRA+ (2402.12354) multiplies the rate of every B within its group. Norms, biases and magnitudes (everything with fewer than two
-    dimensions) are not decayed unless a group that names them states a decay. Raises ConfigError for an entry that matches nothing.
-    """
-    members: dict[tuple[str, bool, bool], list[str]] = {}
-    for name, parameter in parameters.items():
-        entry = next((key for key in optimizer.groups if _matches(key, name)), REST)
-        is_b = optimizer.lora_plus_ratio != 1.0 and "lora-b" in roles_of(name)
-        members.setdefault((entry, is_b, _decays(entry, optimizer, parameter)), []).append(name)
-    _require_matches(parameters, optimizer, {entry for entry, _, _ in members})
-    order = {entry: position for position, entry in enumerate([*optimizer.groups, REST])}
-    return [
-        _group(key, names, parameters, optimizer)
-        for key, names in sorted(members.items(), key=lambda item: (order[item[0][0]], item[0][1], not item[0][2]))
-    ]
-
-
-def _group(
-    key: tuple[str, bool, bool], names: list[str], parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer
-) -> ParameterGroup:
-    entry, is_b, decays = key
-    stated = optimizer.groups.get(entry, Group())
-    rate = stated.learning_rate if stated.learning_rate is not None else optimizer.learning_rate * (stated.lr_ratio or 1.0)
-    decay = optimizer.weight_decay if stated.weight_decay is None else stated.weight_decay
-    label = entry + (" B" if is_b else "") + ("" if decays else ", no decay")
-    count = sum(parameters[name].numel() for name in names)
-    return ParameterGroup(label, rate * (optimizer.lora_plus_ratio if is_b else 1.0), decay if decays else 0.0, tuple(names), count)
-
-
-def _matches(entry: str, name: str) -> bool:
-    return entry in roles_of(name) if entry in ROLES else re.search(entry, name) is not None
-
-
-def _decays(entry: str, optimizer: Optimizer, parameter: torch.nn.Parameter) -> bool:
-    if parameter.ndim >= 2:
-        return True
-    asked_by_name = entry not in ("attention", "mlp", "embeddings", "lm_head", REST)
-    return asked_by_name and optimizer.groups[entry].weight_decay is not None
-
-
-def _require_matches(parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer, used: set[str]) -> None:
-    available = sorted({role for name in parameters for role in roles_of(name)})
-    problems = []
-    for entry in optimizer.groups:
-        if entry in used:
-            continue
-        taken = any(_matches(entry, name) for name in parameters)
-        what = "matches only parameters that earlier groups took" if taken else "matches no trainable parameter"
-        fix = (
-            "put it before them"
-            if taken
-            else f"roles that match here: {', '.join(available)}; or a regular expression over parameter names"
-        )
-        problems.append(Problem(f"the group {entry!r} {what}", f"optimizer.groups.{entry}", fix))
-    if problems:
-        raise ConfigError.from_problems(problems)
+_FUSED_ON = ("cpu", "cuda", "xpu", "mps")
+"""Where torch has a fused AdamW. On CPU it takes a third (LoRA) to a ninth (full) of the plain one's time, and resumes bitwise."""
 
 
 def build_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], groups: list[ParameterGroup], optimizer: Optimizer
 ) -> torch.optim.Optimizer:
-    """AdamW over ``groups``; each keeps its peak rate under ``peak`` for the schedule."""
-    tensors: list[dict[str, Any]] = [
+    """The optimizer of ``optimizer.method`` (resolved, not `auto`) over ``groups``; each keeps its peak rate under ``peak``.
+
+    States have the type of their parameter, or 8 bits. HardwareError where bitsandbytes or the device lacks the method.
+    """
+    tensors: Groups = [
         {
             "params": [parameters[name] for name in group.names],
             "lr": group.learning_rate,
             "peak": group.learning_rate,
             "weight_decay": group.weight_decay,
+            "rule": group.rule,
         }
         for group in groups
     ]
-    options: dict[str, Any] = {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.epsilon}
-    if optimizer.method == "adamw":
-        return torch.optim.AdamW(tensors, **options)
-    return _bitsandbytes(optimizer.method)(tensors, **options)
+    return _BUILDERS[optimizer.method](tensors, optimizer)
 
 
-def _bitsandbytes(method: str) -> Callable[..., torch.optim.Optimizer]:
-    try:
-        from bitsandbytes import optim
-    except ImportError as error:
-        raise HardwareError(
-            f"{method} needs bitsandbytes: {error}", where="optimizer.method", fix="use adamw, or install bitsandbytes"
-        ) from error
-    classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "adamw-8bit": optim.AdamW8bit,
-        "paged-adamw-8bit": optim.PagedAdamW8bit,
-        "paged-adamw-32bit": optim.PagedAdamW32bit,
-    }
-    return classes[method]
+class Joined(torch.optim.Optimizer):
+    """Optimizers over disjoint groups, seen as one: groups in the order they were given, one state by parameter."""
+
+    def __init__(self, groups: Groups, parts: Mapping[str, Callable[[Groups], torch.optim.Optimizer]]) -> None:
+        """``parts`` makes the optimizer of each value of the groups' `rule`; one that no group has is not made."""
+        super().__init__(groups, {})
+        chosen = {rule: [group for group in self.param_groups if group["rule"] == rule] for rule in parts}
+        # torch keeps the dictionaries it is given, so that a rate set here is the part's rate
+        self._parts = [make(chosen[rule]) for rule, make in parts.items() if chosen[rule]]
+        for part in self._parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One step of every part; ``closure`` is not used."""
+        del closure
+        for part in self._parts:
+            part.step()
+
+
+def _device(groups: Groups) -> torch.device:
+    device: torch.device = groups[0]["params"][0].device
+    return device
+
+
+def _adamw(groups: Groups, optimizer: Optimizer) -> torch.optim.Optimizer:
+    fused = _device(groups).type in _FUSED_ON
+    return torch.optim.AdamW(groups, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon, fused=fused)
+
+
+def _adafactor(groups: Groups, _: Optimizer) -> torch.optim.Optimizer:
+    # torch multiplies each rate by max(eps2, root mean square of the weight). With 1 the rate is absolute, as for the other methods;
+    # with torch's 0.001, a B that starts at zero would move a thousandth as far as its A.
+    return torch.optim.Adafactor(groups, eps=(None, 1.0))
+
+
+def _lion(groups: Groups, optimizer: Optimizer) -> torch.optim.Optimizer:
+    return Lion(groups, betas=(optimizer.beta1, optimizer.beta2))
+
+
+def _muon(groups: Groups, optimizer: Optimizer) -> torch.optim.Optimizer:
+    def muon(own: Groups) -> torch.optim.Optimizer:
+        # the adjustment gives updates the size of AdamW's (2502.16982), so that one learning rate serves both parts
+        return torch.optim.Muon(own, momentum=optimizer.beta1, adjust_lr_fn="match_rms_adamw")
+
+    return Joined(groups, {"own": muon, "adamw": lambda rest: _adamw(rest, optimizer)})
+
+
+def _galore(groups: Groups, optimizer: Optimizer) -> torch.optim.Optimizer:
+    settings = optimizer.galore or Galore()
+
+    def galore(own: Groups) -> torch.optim.Optimizer:
+        betas = (optimizer.beta1, optimizer.beta2)
+        return GaLore(own, betas=betas, eps=optimizer.epsilon, rank=settings.rank, every_steps=settings.every_steps, scale=settings.scale)
+
+    return Joined(groups, {"own": galore, "adamw": lambda rest: _adamw(rest, optimizer)})
+
+
+def _from_bitsandbytes(name: str, alternative: str) -> Callable[[Groups, Optimizer], torch.optim.Optimizer]:
+    """A builder of bitsandbytes' class ``name``; ``alternative`` is what to use where it cannot run."""
+
+    def build(groups: Groups, optimizer: Optimizer) -> torch.optim.Optimizer:
+        device, betas = _device(groups), (optimizer.beta1, optimizer.beta2)
+        # Lion has no epsilon
+        options = {"betas": betas} if name.startswith("Lion") else {"betas": betas, "eps": optimizer.epsilon}
+        try:
+            from bitsandbytes import optim
+
+            kind: Callable[..., torch.optim.Optimizer] = getattr(optim, name)
+            _try_out(kind, device)
+        except (ImportError, NotImplementedError, RuntimeError, AttributeError) as error:
+            raise HardwareError(
+                f"{optimizer.method} does not run on this device ({device.type}): {error}",
+                where="optimizer.method",
+                fix=f"use {alternative}, or auto",
+            ) from error
+        return kind(groups, **options)
+
+    return build
+
+
+def _try_out(kind: Callable[..., torch.optim.Optimizer], device: torch.device) -> None:
+    """One step on a tensor just large enough for 8-bit states: a missing kernel shows now, not after an hour of preparation."""
+    probe = torch.nn.Parameter(torch.zeros(64, 64, device=device))
+    probe.grad = torch.ones_like(probe)
+    kind([probe], lr=1e-3).step()
+
+
+_BUILDERS: dict[str, Callable[[Groups, Optimizer], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw-8bit": _from_bitsandbytes("AdamW8bit", "adamw"),
+    "paged-adamw-8bit": _from_bitsandbytes("PagedAdamW8bit", "adamw"),
+    "paged-adamw-32bit": _from_bitsandbytes("PagedAdamW32bit", "adamw"),
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "lion-8bit": _from_bitsandbytes("Lion8bit", "lion"),
+    "muon": _muon,
+    "galore": _galore,
+}
 
 
 def rate_factor(schedule: Schedule, steps: Steps, step: int) -> float:

@@ -31,9 +31,10 @@ from finetune.scoring import Scorer
 from finetune.training.build import Built, build_model
 from finetune.training.checkpoints import Progress, load_checkpoint, rotate, save_checkpoint
 from finetune.training.export import export
+from finetune.training.groups import ParameterGroup, assign_groups
 from finetune.training.loop import Session, fit
 from finetune.training.metrics import AlreadyFinished, CheckpointSaved, Evaluated, Event, MetricsFile, Observer, Started, StepDone, ignore
-from finetune.training.optimizer import ParameterGroup, assign_groups, build_optimizer
+from finetune.training.optimizer import build_optimizer
 from finetune.training.resume import identity, require_same
 from finetune.training.signals import StopRequest, stop_on_signals
 from finetune.training.tracking import require_trackers, scalars, trackers
@@ -134,8 +135,9 @@ def _build(config: Config, inputs: Inputs, accelerator: Any, resumed: Path | Non
     built = build_model(config, inputs.base, inputs.resolved, accelerator.device, resumed)
     require_vocabulary(inputs.renderer.tokenizer, built.model)
     parameters = trainable(built.model)
-    groups = assign_groups(parameters, config.optimizer)
-    return _Parts(inputs, built, groups, build_optimizer(parameters, groups, config.optimizer), accelerator)
+    decided = config.optimizer.model_copy(update={"method": inputs.resolved.optimizer.value})
+    groups = assign_groups(parameters, decided)
+    return _Parts(inputs, built, groups, build_optimizer(parameters, groups, decided), accelerator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +162,11 @@ def _begin(run: RunDirectory, config: Config, parts: _Parts, *, resume: bool) ->
         create_run(run.path)
         write_text(run.config, dump_config(config.model_copy(update={"output": str(run.path.absolute())})))
         save_rows(run.rows, inputs.data.train, inputs.data.validation)
-        write_json(run.plan, {"steps": asdict(inputs.steps), "resolved": inputs.resolved.as_dict(), "data": inputs.data.counts})
+        groups = [group.summary() for group in parts.groups]
+        write_json(
+            run.plan,
+            {"steps": asdict(inputs.steps), "resolved": inputs.resolved.as_dict(), "groups": groups, "data": inputs.data.counts},
+        )
         if built.loftq is not None:
             save_base_correction(run.path, built.loftq)
         write_json(
@@ -225,6 +231,7 @@ def _started(config: Config, parts: _Parts, done: int) -> Started:
             "precision": (resolved.precision.value, resolved.precision.reason),
             "tokens a micro-batch": (str(resolved.tokens_per_device.value), resolved.tokens_per_device.reason),
             **({"strategy": (resolved.strategy.value, resolved.strategy.reason)} if parts.accelerator.num_processes > 1 else {}),
+            **({"optimizer": (resolved.optimizer.value, resolved.optimizer.reason)} if config.optimizer.method == "auto" else {}),
             "gradient checkpointing": ("on" if resolved.gradient_checkpointing.value else "off", resolved.gradient_checkpointing.reason),
         },
         notes=parts.built.notes,

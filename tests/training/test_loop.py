@@ -20,9 +20,10 @@ from finetune.planning.steps import count_steps
 from finetune.scoring import Scorer
 from finetune.training.batching import global_batch
 from finetune.training.checkpoints import Progress
+from finetune.training.groups import assign_groups
 from finetune.training.loop import Session, fit
 from finetune.training.metrics import StepDone
-from finetune.training.optimizer import assign_groups, build_optimizer, rate_factor
+from finetune.training.optimizer import build_optimizer, rate_factor
 from finetune.training.signals import StopRequest
 
 ALONE = SimpleNamespace(process_index=0, num_processes=1)
