@@ -21,7 +21,7 @@ def allowed(shape: Shape | None) -> str:
         case Items():
             return f"a list, each entry {allowed(shape.item)}"
         case Table():
-            return "a mapping of names to sections"
+            return "a mapping of names to sections" if isinstance(shape.value, Block) else f"a mapping, each value {allowed(shape.value)}"
         case Block():
             return "a mapping with " + join(shape.entries, "and") if shape.entries else "an empty mapping"
         case Choice():

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from finetune.config.finding import Finding
 from finetune.config.hints import nearest
-from finetune.config.schema import ROLES, Config, Full, Group, Lora
+from finetune.config.methods import facts, silent_roles
+from finetune.config.schema import ROLES, Config, Full, Group, Lora, Tuning
 from finetune.config.tree import KeyPath
 
 _PLAIN_WORD = re.compile(r"[A-Za-z-]+")
@@ -54,25 +55,25 @@ def bad_pattern(pattern: str, what: str, path: KeyPath) -> Iterator[Finding]:
 
 
 def _role(name: str, config: Config, path: KeyPath) -> Iterator[Finding]:
-    found = _no_match_in_full(name) if isinstance(config.tuning, Full) else _no_match_in_lora(name, config.tuning)
-    if found:
-        why, fix, culprit = found
-        yield Finding(f"group `{name}` cannot match: {why}", fix, path, culprit)
+    for role, why, fix, culprit in silent_roles(config.tuning):
+        if role == name:
+            yield Finding(f"group `{name}` cannot match: {why}", fix, path, culprit)
+            return
+    if name not in facts(config.tuning).roles:
+        yield Finding(f"group `{name}` cannot match: {_foreign(name, config.tuning)}", _instead(name), path, ("tuning", "method"))
 
 
-def _no_match_in_full(name: str) -> tuple[str, str, KeyPath] | None:
-    if name not in ("lora-a", "lora-b", "magnitudes"):
-        return None
-    return "full tuning has no adapter", "remove the group, or set `tuning: {method: lora}`", ("tuning", "method")
+def _foreign(role: str, tuning: Tuning) -> str:
+    """Why a method never trains parameters of a role."""
+    if role in ("lora-a", "lora-b"):
+        return "full tuning has no adapter" if isinstance(tuning, Full) else f"`{tuning.method}` has no factors A and B"
+    if role == "magnitudes":
+        return "full tuning has no adapter" if isinstance(tuning, Full) else "only DoRA has magnitudes"
+    if not facts(tuning).roles:
+        return f"`{tuning.method}` trains no part of the model itself"
+    return f"{role} is frozen under {'LoRA' if isinstance(tuning, Lora) else f'`{tuning.method}`'}"
 
 
-def _no_match_in_lora(name: str, tuning: Lora) -> tuple[str, str, KeyPath] | None:
-    if name == "embeddings" and tuning.embeddings == "frozen":
-        return "the embeddings are frozen", "set `tuning.embeddings: lora` (or `full`), or remove the group", ("tuning", "embeddings")
-    if name == "magnitudes" and not tuning.dora:
-        return "only DoRA has magnitudes", "set `tuning.dora: true`, or remove the group", ("tuning", "dora")
-    if name in ("norms", "lm_head"):
-        return f"{name} is frozen under LoRA", "remove the group, or set `tuning: {method: full}`", ("tuning", "method")
-    if (name, tuning.targets) in (("attention", "mlp"), ("mlp", "attention")):
-        return f"`tuning.targets` is `{tuning.targets}`", "set `tuning.targets: all-linear`, or remove the group", ("tuning", "targets")
-    return None
+def _instead(role: str) -> str:
+    method = {"lora-a": "lora", "lora-b": "lora", "magnitudes": "lora, dora: true"}.get(role, "full")
+    return f"remove the group, or set `tuning: {{method: {method}}}`"

@@ -53,6 +53,8 @@ def for_key(path: KeyPath, plain: Plain) -> str:
 
 
 def _keys(section: Shape | None, path: KeyPath, plain: Plain) -> tuple[str, ...]:
+    if isinstance(section, Choice) and not section.key:  # which kind is meant is not told by a word, so any of them may be
+        return tuple(dict.fromkeys(key for member in section.distinct() for key in _keys(member, path, plain)))
     if isinstance(section, Choice):
         section = section.member(_value_at(plain, path))
     keys = tuple(section.entries) if isinstance(section, Block) else ()
@@ -149,8 +151,10 @@ def _for_text(path: KeyPath, text: str, place: Shape | None) -> str:
         return f"write `{_SWITCHES[text.lower()]}`: in YAML 1.2 `{text}` is a word, not a switch"
     if _holds(place, bool) and text.lower() in ("true", "false"):
         return "remove the quotation marks"
+    if path[-1] == "source":
+        return "a dataset of the hub is `hub:owner/name`; its parts go under `subset` and `split`"
     if path[-1] == "revision":
-        return "a branch or tag can move; give the 40 hexadecimal digits of a commit, or null"
+        return "a branch or tag can move; give the 40 hexadecimal digits of a commit" + (", or null" if path[0] == "model" else "")
     return ""
 
 
@@ -184,8 +188,8 @@ def from_the_schema(path: KeyPath) -> str:
     """The default and the meaning of the key at ``path``, or of the list around it, for values that nothing better can be said about."""
     while path and isinstance(path[-1], int):
         path = path[:-1]
-    generic = _generic(path)
-    entry = next((entry for known, _, entry in shape.entries(shape.root()) if _generic(known) == generic), None)
+    known = {_generic(known): entry for known, _, entry in reversed(list(shape.entries(shape.root())))}
+    entry = known.get(_generic(path)) or known.get(_generic(path[:-1]))  # the latter: a name that the user chose
     if entry is None:
         return ""
     meaning = entry.doc.partition(". ")[0].rstrip(".")

@@ -105,7 +105,7 @@ def _kind(shape: Shape) -> str:
         return "; or ".join(_kind(member) for member in shape.members.values())
     if isinstance(shape, Items) and not isinstance(shape.item, Leaf):
         return "list of sections"
-    return "named sections" if isinstance(shape, Table) else allowed(shape)
+    return "named sections" if isinstance(shape, Table) and isinstance(shape.value, Block) else allowed(shape)
 
 
 def _doc_of(shape: Shape) -> str:

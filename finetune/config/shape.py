@@ -171,7 +171,7 @@ def at(path: KeyPath, value: Plain) -> Shape | None:
     for key in path:
         shape = inner(shape, key, value)
         value = _step(value, key)
-    return shape.member(value) if isinstance(shape, Choice) and not shape.key and shape.member(value) else shape
+    return shape
 
 
 def _step(value: Plain, key: str | int) -> Plain:

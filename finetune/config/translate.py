@@ -26,6 +26,12 @@ _EXAMPLES = {
     "data.train": "train: [{source: data/train.jsonl}]",
     "data.train.0": "{source: data/train.jsonl}",
     "data.train.0.source": "source: data/train.jsonl",
+    "data.train.0.columns": "columns: {question: Frage, answer: Antwort}",
+    "model.new_tokens": "new_tokens: ['[<note>]']",
+    "tuning.rank_pattern": "rank_pattern: {'layers[.]0[.]': 8}",
+    "tuning.alpha_pattern": "alpha_pattern: {'layers[.]0[.]': 8}",
+    "tuning.targets": "targets: {spectrum: 0.5}",
+    "optimizer.galore": "galore: {rank: 128}",
     "data.validation": "validation: {fraction: 0.02}",
     "data.validation.fraction": "fraction: 0.02",
     "optimizer.groups.NAME": "embeddings: {lr_ratio: 0.1}",
@@ -117,6 +123,8 @@ def _missing(path: KeyPath, tree: Node) -> Problem:
     holder = tree.nearest(path[:-1])
     example = _example(path)
     fix = f"add `{example}`" if example else f"add `{path[-1]}`"
+    if path[-1] == "revision":  # required where a dataset of the hub is named
+        fix += ": the 40 hexadecimal digits of a commit of the dataset, so that what is trained on cannot change"
     if path == ("tuning",):
         fix += ", or take a recipe: `extends: domain-knowledge`"
     if len(path) == 1:

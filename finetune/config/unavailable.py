@@ -7,33 +7,15 @@ VALUES: dict[str, frozenset[str]] = {
         {"gptq", "awq", "hqq", "aqlm", "eetq", "int4", "int2", "nf2", "nf3", "fp8", "mxfp4", "nvfp4", "torchao"}
     ),
     "tuning.method": frozenset(
-        {"adalora", "vera", "ia3", "prefix", "prefix-tuning", "prompt", "prompt-tuning", "p-tuning", "bitfit", "houlsby", "pfeiffer"}
-        | {"adapter-fusion", "tied-lora", "galore", "loha", "lokr", "oft", "boft", "freeze", "badam", "lisa", "reft", "norms", "spectrum"}
+        {"p-tuning", "adapter-fusion", "loha", "lokr", "oft", "boft", "freeze", "badam", "lisa", "reft", "llama-pro", "fourierft", "vblora"}
     ),
-    "tuning.init.method": frozenset({"pissa", "olora", "eva", "corda", "lora-ga"}),
-    "tuning.targets": frozenset({"spectrum"}),
-    "tuning.embeddings": frozenset({"new-tokens"}),
+    "tuning.init.method": frozenset({"corda", "lora-ga", "mica"}),
     "optimizer.method": frozenset(
-        {
-            "sgd",
-            "adafactor",
-            "lion",
-            "lion-8bit",
-            "adagrad",
-            "muon",
-            "sophia",
-            "shampoo",
-            "lamb",
-            "galore",
-            "apollo",
-            "schedule-free",
-            "rmsprop",
-        }
+        {"sgd", "adagrad", "sophia", "shampoo", "lamb", "apollo", "schedule-free", "rmsprop", "came", "ademamix", "dion", "soap"}
     ),
     "schedule.method": frozenset({"polynomial", "inverse-sqrt", "cosine-with-restarts", "wsd", "rex"}),
     "data.train.0.format": frozenset({"preference", "dpo", "tool", "image", "multimodal"}),
-    "data.overlong": frozenset({"split"}),
-    "train.precision": frozenset({"fp16", "float16", "half", "fp8", "16", "pure-bf16"}),
+    "train.precision": frozenset({"fp16", "float16", "half", "fp8", "16"}),
     "quantization.compute_dtype": frozenset({"fp16", "float16", "fp8"}),
     "evaluation.tasks.0.task": frozenset({"generation", "choices", "harness", "lm-eval", "mmlu", "perplexity"}),
     "distributed.strategy": frozenset({"fsdp", "fsdp2", "deepspeed", "zero", "zero2", "zero3", "tensor-parallel", "pipeline"}),
@@ -45,11 +27,9 @@ KEYS: frozenset[str] = frozenset(
         "deepspeed",
         "fsdp",
         "fsdp_config",
-        "galore",
-        "use_galore",
         "use_llama_pro",
         "freeze_trainable_layers",
-        "spectrum",
+        "unfrozen_parameters",
         "packing",
         "sample_packing",
     }
@@ -70,21 +50,16 @@ KEYS: frozenset[str] = frozenset(
         "trackio",
         "comet",
         "special_tokens",
-        "tokens",
-        "added_tokens",
-        "new_tokens",
     }
     | {
         "chat_template",
         "layers_to_transform",
         "lora_layers_to_transform",
-        "rank_pattern",
-        "alpha_pattern",
         "bias",
         "lora_bias",
         "use_qalora",
     }
-    | {"rl", "dpo", "resize_token_embeddings", "resize_vocab", "group_by_length", "streaming", "multipack_real_batches", "plugins", "tf32"}
+    | {"rl", "dpo", "optim_target_modules", "group_by_length", "streaming", "multipack_real_batches", "plugins", "tf32"}
 )
 """Keys that mean something elsewhere."""
 
@@ -101,6 +76,13 @@ REASONS: dict[str, str] = {
     "comet": "tracking knows `tensorboard` and `wandb`; metrics.jsonl is always written",
     "streaming": "data is prepared before the first step, so that the order of a run can be repeated",
     "chat_template": "the tokenizer's own template is used",
+    "special_tokens": "the model's own special tokens stay; `model.new_tokens` adds others",
+    "unfrozen_parameters": "`tuning: {method: full, targets: {spectrum: 0.5}}` trains the linear weights of the best half of the layers",
+    "freeze_trainable_layers": "`tuning.targets: {regex: ...}` chooses the layers that get an adapter",
+    "layers_to_transform": "`tuning.targets: {regex: ...}` chooses the layers that get an adapter",
+    "lora_layers_to_transform": "`tuning.targets: {regex: ...}` chooses the layers that get an adapter",
+    "optim_target_modules": "GaLore projects every linear weight with two sides above `optimizer.galore.rank`",
+    "bias": "`tuning: {method: bitfit}` trains biases",
     "push_to_hub": "`finetune merge` writes a directory; upload it with `hf upload`",
     "hub_model_id": "`finetune merge` writes a directory; upload it with `hf upload`",
 }

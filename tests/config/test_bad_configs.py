@@ -103,7 +103,7 @@ TABLE = [
         MODEL + "tuning: {method: full, rank: 8}\n" + DATA + OUTPUT,
         "rank",
         "unknown key `rank`",
-        "`rank` goes with `method: lora`",
+        "`rank` goes with `method: lora | tied-lora | adalora",
     ),
     Bad(
         "double quantization of int8",
@@ -131,7 +131,7 @@ TABLE = [
     ),
     Bad("missing sections", "seed: 3\n", "", "`model` is missing", "add `model: {id:"),
     Bad("missing id", "model: {revision: null}\n" + TUNING + DATA + OUTPUT, "model:", "`model.id` is missing", "add `id:"),
-    Bad("missing method", MODEL + "tuning: {rank: 8}\n" + DATA + OUTPUT, "tuning:", "`tuning.method` is missing", "`lora` or `full`"),
+    Bad("missing method", MODEL + "tuning: {rank: 8}\n" + DATA + OUTPUT, "tuning:", "`tuning.method` is missing", "`lora`, `tied-lora`"),
     Bad("section without content", "model:\nid: a/b\n" + TUNING + DATA + OUTPUT, "model:", "`model` has nothing under it", "indent"),
     # --- shapes
     Bad(
@@ -212,41 +212,92 @@ TABLE = [
         "over `quantization: {method: nf4}`",
     ),
     Bad(
-        "not yet: vera",
-        MODEL + "tuning: {method: vera}\n" + DATA + OUTPUT,
-        "vera",
+        "not yet: p-tuning",
+        MODEL + "tuning: {method: p-tuning}\n" + DATA + OUTPUT,
+        "p-tuning",
         "`tuning.method`",
-        "`vera` is not available in this version",
+        "`p-tuning` is not available in this version",
     ),
     Bad(
-        "not yet: pissa",
-        MODEL + "tuning: {method: lora, init: {method: pissa}}\n" + DATA + OUTPUT,
-        "pissa",
+        "another tool's method",
+        MODEL + "tuning: {method: prompt-tuning}\n" + DATA + OUTPUT,
+        "prompt-tuning",
+        "`tuning.method`",
+        "`prompt-tuning` is called `prompt` here",
+    ),
+    Bad(
+        "not yet: corda",
+        MODEL + "tuning: {method: lora, init: {method: corda}}\n" + DATA + OUTPUT,
+        "corda",
         "`tuning.init.method`",
         "is not available in this version",
     ),
-    Bad("not yet: galore", BASE + "optimizer: {method: galore}\n", "galore", "`optimizer.method`", "is not available in this version"),
+    Bad("not yet: apollo", BASE + "optimizer: {method: apollo}\n", "apollo", "`optimizer.method`", "is not available in this version"),
+    Bad(
+        "optimizer as method",
+        MODEL + "tuning: {method: galore}\n" + DATA + OUTPUT,
+        "galore",
+        "`tuning.method`",
+        "`tuning: {method: full}` with `optimizer: {method: galore}`",
+    ),
     Bad("not yet: fsdp", BASE + "distributed: {strategy: fsdp}\n", "fsdp", "`distributed.strategy`", "is not available in this version"),
     Bad(
-        "not yet: new tokens",
-        MODEL + "tuning: {method: lora, embeddings: new-tokens}\n" + DATA + OUTPUT,
-        "new-tokens",
-        "embeddings",
-        "is not available in this version",
+        "axolotl's tokens",
+        BASE + "added_tokens: [a]\n",
+        "added_tokens",
+        "unknown key",
+        "is `model.new_tokens:",
     ),
     Bad(
-        "not yet: spectrum",
-        MODEL + "tuning: {method: lora, targets: {spectrum: 0.5}}\n" + DATA + OUTPUT,
+        "misspelt kind of targets",
+        MODEL + "tuning: {method: lora, targets: {spektrum: 0.5}}\n" + DATA + OUTPUT,
+        "spektrum",
+        "unknown key `spektrum`",
+        "did you mean `spectrum`?",
+    ),
+    Bad(
+        "word for the spectrum",
+        MODEL + "tuning: {method: lora, targets: spectrum}\n" + DATA + OUTPUT,
         "spectrum",
-        "unknown key `spectrum`",
-        "is not available in this version",
+        "`tuning.targets` is",
+        "write `targets: {spectrum: 0.5}`",
     ),
     Bad(
-        "not yet: split",
-        BASE.replace("validation", "overlong: split, validation"),
-        "split",
-        "`data.overlong`",
-        "is not available in this version",
+        "too large a share",
+        MODEL + "tuning: {method: full, targets: {spectrum: 50}}\n" + DATA + OUTPUT,
+        "50",
+        "`tuning.targets.spectrum` is 50; allowed: a number above 0 and up to 1",
+    ),
+    Bad(
+        "rank of a pattern",
+        MODEL + "tuning: {method: lora, rank_pattern: {'layers[.]0': big}}\n" + DATA + OUTPUT,
+        "big",
+        "allowed: a whole number from 1 to 4096",
+        "Another rank",
+    ),
+    Bad(
+        "number for a pattern", MODEL + "tuning: {method: lora, rank_pattern: 8}\n" + DATA + OUTPUT, "8", "it must be a mapping", "[.]0[.]"
+    ),
+    Bad(
+        "hub without a commit",
+        MODEL + TUNING + "data: {train: [{source: 'hub:owner/name'}]}\n" + OUTPUT,
+        "hub:",
+        "`data.train.0.revision` is missing",
+        "the 40 hexadecimal digits of a commit of the dataset",
+    ),
+    Bad(
+        "hub with a branch",
+        MODEL + TUNING + "data: {train: [{source: 'hub:owner/name', revision: main}]}\n" + OUTPUT,
+        "main",
+        "`data.train.0.revision`",
+        "a branch or tag can move",
+    ),
+    Bad(
+        "hub with a path",
+        MODEL + TUNING + f"data: {{train: [{{source: 'hub:owner/name/train', revision: {'a' * 40}}}]}}\n" + OUTPUT,
+        "hub:",
+        "`data.train.0.source`",
+        "its parts go under `subset` and `split`",
     ),
     Bad(
         "branch as revision",
@@ -311,7 +362,7 @@ def test_every_problem_is_reported_in_one_run(problems: Any):
     text = """\
 model: {id: owner/name, revison: null}
 quantization: nf4
-tuning: {method: lora, rank: 0, lora_alpha: 16, init: {method: pissa}}
+tuning: {method: lora, rank: 0, lora_alpha: 16, init: {method: corda}}
 data: {train: [{source: a.jsonl, weight: 0}], max_token: 3}
 train: {epochs: "2", early_stopping: {}}
 train: {epochs: "2", early_stopping: {}}

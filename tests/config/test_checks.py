@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+
+from finetune.config.data import Format
+from finetune.config.data_checks import COLUMNS
+from finetune.config.methods import FACTS
+from finetune.config.optimizer_checks import UNREAD
+from finetune.config.schema import ROLES, Optimizer, Tuning
 
 PARTS = {
     "model": "{id: owner/name}",
@@ -18,6 +24,7 @@ PARTS = {
     "output": "runs/test",
 }
 ICD = "{train: [{source: 'builtin:icd10cm'}], validation: {fraction: 0.1}}"
+HUB = f"{{source: 'hub:owner/name', revision: {'a' * 40}"
 NO_VALIDATION = "{train: [{source: /data/train.jsonl}]}"
 
 
@@ -116,9 +123,190 @@ CASES: list[tuple[str, dict[str, str], str, str]] = [
     ("unknown builtin model", {"model": "{id: 'builtin:smollm2'}"}, "there is no `builtin:smollm2`", "smollm2"),
     ("unknown builtin data", {"data": "{train: [{source: 'builtin:icd10'}]}"}, "there is no `builtin:icd10`", "icd10"),
     ("directory without its dot", {"model": "{id: models/llama/8b}"}, "neither a hub id nor a directory", "models"),
-    ("data from the hub", {"data": "{train: [{source: 'hub:owner/name'}]}"}, "data from the hub is not available", "hub:"),
     ("data from the web", {"data": "{train: [{source: 'https://example.org/a.jsonl'}]}"}, "web addresses are never fetched", "https"),
     ("environment variable", {"output": "$HOME/runs"}, "environment variables are not read", "$HOME"),
+    (
+        "pissa on nf4",
+        {"tuning": "{method: lora, init: {method: pissa}}", "quantization": "{method: nf4}"},
+        "takes the largest directions out of the base",
+        "pissa",
+    ),
+    ("olora on int8", {"tuning": "{method: lora, init: {method: olora}}", "quantization": "{method: int8}"}, "the base is int8", "olora"),
+    (
+        "orthogonal on nf4",
+        {"tuning": "{method: lora, init: {method: orthogonal}}", "quantization": "{method: nf4}"},
+        "an integer type there",
+        "orthogonal",
+    ),
+    ("pissa with DoRA", {"tuning": "{method: lora, dora: true, init: {method: pissa}}"}, "they do not compose", "pissa"),
+    ("olora with DoRA", {"tuning": "{method: lora, dora: true, init: {method: olora}}"}, "they do not compose", "olora"),
+    (
+        "odd rank of a pattern, orthogonal",
+        {"tuning": "{method: lora, init: {method: orthogonal}, rank_pattern: {'layers[.]0': 5}}"},
+        "5 is odd",
+        "layers",
+    ),
+    (
+        "bad rank pattern",
+        {"tuning": "{method: lora, rank_pattern: {'layers.(1': 4}}"},
+        "of `tuning.rank_pattern` is not a valid regular expression",
+        "layers",
+    ),
+    (
+        "bad alpha pattern",
+        {"tuning": "{method: lora, alpha_pattern: {'*_proj': 4}}"},
+        "of `tuning.alpha_pattern` is not a valid regular expression",
+        "_proj",
+    ),
+    (
+        "bad target pattern of another method",
+        {"tuning": "{method: vera, targets: {regex: '*_proj'}}"},
+        "not a valid regular expression",
+        "regex",
+    ),
+    ("head as target of another method", {"tuning": "{method: adalora, targets: [lm_head]}"}, "no adapter can go to `lm_head`", "lm_head"),
+    ("spectrum in a list", {"tuning": "{method: lora, targets: [spectrum]}"}, "no adapter can go to `spectrum`", "spectrum"),
+    ("bitfit on nf4", {"tuning": "{method: bitfit}", "quantization": "{method: nf4}"}, "nf4 weights cannot be trained", "bitfit"),
+    ("AdaLoRA that would grow", {"tuning": "{method: adalora, rank: 8, init_rank: 4}"}, "4 is below 8", "init_rank"),
+    (
+        "AdaLoRA without a step to prune",
+        {"tuning": "{method: adalora, warmup_ratio: 0.5, final_ratio: 0.5}"},
+        "no step is left for pruning",
+        "final_ratio",
+    ),
+    (
+        "prefix with checkpointing",
+        {"tuning": "{method: prefix}", "train": "{gradient_checkpointing: true}"},
+        "gradient checkpointing would lose",
+        "gradient_checkpointing",
+    ),
+    (
+        "new tokens twice",
+        {"model": "{id: owner/name, new_tokens: ['<a>', '<b>', '<a>']}", "tuning": "{method: lora, embeddings: new-tokens}"},
+        "`<a>` is added twice",
+        "new_tokens",
+    ),
+    ("rows of no new tokens", {"tuning": "{method: lora, embeddings: new-tokens}"}, "and there are none", "new-tokens"),
+    ("new tokens that stay frozen", {"model": "{id: owner/name, new_tokens: ['<a>']}"}, "they are frozen", "new_tokens"),
+    (
+        "new tokens under a low-rank update",
+        {"model": "{id: owner/name, new_tokens: ['<a>']}", "tuning": "{method: lora, embeddings: lora}"},
+        "a low-rank update cannot write new rows",
+        "new_tokens",
+    ),
+    (
+        "new tokens for another method",
+        {"model": "{id: owner/name, new_tokens: ['<a>']}", "tuning": "{method: vera}"},
+        "`vera` cannot train them",
+        "new_tokens",
+    ),
+    (
+        "new tokens in chosen layers",
+        {"model": "{id: owner/name, new_tokens: ['<a>']}", "tuning": "{method: full, targets: {spectrum: 0.5}}"},
+        "linear weights of the layers alone",
+        "new_tokens",
+    ),
+    ("GaLore under LoRA", {"optimizer": "{method: galore}"}, "gradients of whole weights", "galore"),
+    (
+        "GaLore's settings for another",
+        {"optimizer": "{method: adamw, galore: {rank: 64}}"},
+        "`optimizer.galore` goes with `method: galore`",
+        "galore",
+    ),
+    (
+        "LoRA+ without factors",
+        {"tuning": "{method: vera}", "optimizer": "{lora_plus_ratio: 16}"},
+        "it is for `lora` or `tied-lora`, not `vera`",
+        "lora_plus_ratio",
+    ),
+    ("Adafactor with beta1", {"optimizer": "{method: adafactor, beta1: 0.8}"}, "`adafactor` does not read `optimizer.beta1`", "beta1"),
+    ("Adafactor with beta2", {"optimizer": "{method: adafactor, beta2: 0.99}"}, "`adafactor` does not read `optimizer.beta2`", "beta2"),
+    (
+        "Adafactor with epsilon",
+        {"optimizer": "{method: adafactor, epsilon: 1e-6}"},
+        "`adafactor` does not read `optimizer.epsilon`",
+        "epsilon",
+    ),
+    ("Lion with epsilon", {"optimizer": "{method: lion, epsilon: 1e-6}"}, "its update is a sign", "epsilon"),
+    ("8-bit Lion with epsilon", {"optimizer": "{method: lion-8bit, epsilon: 1e-6}"}, "`lion-8bit` does not read", "epsilon"),
+    (
+        "Muon without matrices",
+        {"tuning": "{method: norm}", "optimizer": "{method: muon}"},
+        "`tuning.method: norm` trains vectors only",
+        "muon",
+    ),
+    (
+        "factors in VeRA",
+        {"tuning": "{method: vera}", "optimizer": "{groups: {lora-b: {lr_ratio: 2}}}"},
+        "`vera` has no factors A and B",
+        "lora-b",
+    ),
+    (
+        "magnitudes in tied LoRA",
+        {"tuning": "{method: tied-lora}", "optimizer": "{groups: {magnitudes: {lr_ratio: 2}}}"},
+        "only DoRA has magnitudes",
+        "magnitudes",
+    ),
+    (
+        "layers in prompt tuning",
+        {"tuning": "{method: prompt}", "optimizer": "{groups: {mlp: {lr_ratio: 2}}}"},
+        "`prompt` trains no part of the model itself",
+        "mlp",
+    ),
+    (
+        "embeddings in AdaLoRA",
+        {"tuning": "{method: adalora}", "optimizer": "{groups: {embeddings: {lr_ratio: 2}}}"},
+        "embeddings is frozen under `adalora`",
+        "embeddings",
+    ),
+    (
+        "mlp outside the targets of AdaLoRA",
+        {"tuning": "{method: adalora, targets: attention}", "optimizer": "{groups: {mlp: {lr_ratio: 2}}}"},
+        "`tuning.targets` is `attention`",
+        "mlp",
+    ),
+    (
+        "attention without a bottleneck",
+        {"tuning": "{method: houlsby, placement: mlp}", "optimizer": "{groups: {attention: {lr_ratio: 2}}}"},
+        "`tuning.placement` is `mlp`",
+        "attention",
+    ),
+    (
+        "norms in chosen layers",
+        {"tuning": "{method: full, targets: {spectrum: 0.5}}", "optimizer": "{groups: {norms: {lr_ratio: 2}}}"},
+        "linear weights of the layers alone",
+        "norms",
+    ),
+    (
+        "column of another format",
+        {"data": "{train: [{source: /a.jsonl, format: text, columns: {question: Frage}}], validation: {fraction: 0.1}}"},
+        "`question` is not a column of `text`",
+        "question",
+    ),
+    (
+        "column of no format",
+        {"data": "{train: [{source: /a.jsonl, columns: {qestion: Frage}}], validation: {fraction: 0.1}}"},
+        "`qestion` is not a column of any format",
+        "qestion",
+    ),
+    (
+        "columns the wrong way round",
+        {"data": "{train: [{source: /a.jsonl, columns: {Frage: question}}], validation: {fraction: 0.1}}"},
+        "`Frage` is not a column of any format",
+        "Frage",
+    ),
+    (
+        "one column for two",
+        {"data": "{train: [{source: /a.jsonl, columns: {question: text, answer: text}}], validation: {fraction: 0.1}}"},
+        "are both read from `text`",
+        "answer",
+    ),
+    (
+        "hub split twice",
+        {"data": f"{{train: [{HUB}}}, {HUB}}}], validation: {{fraction: 0.1}}}}"},
+        "`hub:owner/name` is listed twice",
+        "hub:owner",
+    ),
 ]
 
 
@@ -129,6 +317,21 @@ def test_what_cannot_work_is_refused(parts: dict[str, str], what: str, at: str, 
     assert what in problem.what
     assert at in whole.splitlines()[line_of(problem) - 1]
     assert problem.fix
+
+
+def test_every_method_has_a_row_of_facts():
+    assert set(FACTS) == set(get_args(get_args(Tuning)[0]))
+    assert {role for row in FACTS.values() for role in row.roles} == set(ROLES)
+
+
+def test_every_key_that_an_optimizer_does_not_read_exists():
+    methods = get_args(Optimizer.model_fields["method"].annotation)
+    assert set(UNREAD) < set(methods)
+    assert {key for keys in UNREAD.values() for key in keys} <= set(Optimizer.model_fields)
+
+
+def test_every_format_has_columns():
+    assert set(COLUMNS) == set(get_args(Format)) - {"auto"}
 
 
 FINE = {
@@ -149,6 +352,45 @@ FINE = {
     "builtin model": {"model": "{id: 'builtin:smollm2-135m'}"},
     "directory": {"model": "{id: ../models/llama-8b}"},
     "gpt2": {"model": "{id: gpt2}"},
+    "every start on a plain base": {"tuning": "{method: lora, init: {method: pissa}}"},
+    "eva on nf4": {"tuning": "{method: lora, init: {method: eva, rows: 8}}", "quantization": "{method: nf4}"},
+    "loftq with DoRA": {"tuning": "{method: lora, dora: true, init: {method: loftq, exact: true}}", "quantization": "{method: nf4}"},
+    "patterns of ranks": {"tuning": "{method: lora, rank_pattern: {'layers[.]0[.]': 8}, alpha_pattern: {'q_proj': 8}}"},
+    "spectrum on nf4": {"tuning": "{method: lora, targets: {spectrum: 0.5}}", "quantization": "{method: nf4}"},
+    "spectrum in full": {"tuning": "{method: full, targets: {spectrum: 0.25}}", "optimizer": "{groups: {mlp: {lr_ratio: 0.5}}}"},
+    "new tokens": {"model": "{id: owner/name, new_tokens: ['<a>']}", "tuning": "{method: lora, embeddings: new-tokens}"},
+    "new tokens in whole embeddings": {"model": "{id: owner/name, new_tokens: ['<a>']}", "tuning": "{method: lora, embeddings: full}"},
+    "new tokens in full": {"model": "{id: owner/name, new_tokens: ['<a>']}", "tuning": "{method: full}"},
+    "GaLore": {"tuning": "{method: full}", "optimizer": "{method: galore, galore: {rank: 64}}"},
+    "GaLore's defaults": {"tuning": "{method: full}", "optimizer": "{method: galore}"},
+    "LoRA+ of tied factors": {"tuning": "{method: tied-lora}", "optimizer": "{lora_plus_ratio: 16}"},
+    "Adafactor with the defaults stated": {"optimizer": "{method: adafactor, beta1: 0.9, weight_decay: 0.1}"},
+    "Lion's betas": {"optimizer": "{method: lion, beta2: 0.99}"},
+    "Muon's momentum": {"optimizer": "{method: muon, beta1: 0.95, epsilon: 1e-6}"},
+    "bf16 weights and paged states": {"optimizer": "{method: paged-adamw-8bit}", "train": "{trainable_dtype: bf16}"},
+    "prefix, checkpointing left open": {"tuning": "{method: prefix, tokens: 8}", "train": "{gradient_checkpointing: auto}"},
+    "prompt with checkpointing": {"tuning": "{method: prompt, text: Answer.}", "train": "{gradient_checkpointing: true}"},
+    "rates of norms": {"tuning": "{method: norm}", "optimizer": "{groups: {norms: {lr_ratio: 2}}}"},
+    "AdaLoRA": {"tuning": "{method: adalora, rank: 8, init_rank: 12}"},
+    "columns": {"data": "{train: [{source: /a.jsonl, format: alpaca, columns: {input: A, output: B}}]}"},
+    "two splits of a hub dataset": {"data": f"{{train: [{HUB}}}], validation: [{HUB}, split: test}}]}}"},
+    "splitting": {"data": "{train: [{source: /a.jsonl}], overlong: split, duplicates: drop, near_duplicates: drop, processes: 2}"},
+    "tied-lora on nf4": {"tuning": "{method: tied-lora}", "quantization": "{method: nf4}"},
+    "tied-lora on int8": {"tuning": "{method: tied-lora}", "quantization": "{method: int8}"},
+    "adalora on nf4": {"tuning": "{method: adalora}", "quantization": "{method: nf4}"},
+    "adalora on int8": {"tuning": "{method: adalora}", "quantization": "{method: int8}"},
+    "vera on nf4": {"tuning": "{method: vera}", "quantization": "{method: nf4}"},
+    "vera on int8": {"tuning": "{method: vera}", "quantization": "{method: int8}"},
+    "ia3 on nf4": {"tuning": "{method: ia3}", "quantization": "{method: nf4}"},
+    "ia3 on int8": {"tuning": "{method: ia3}", "quantization": "{method: int8}"},
+    "prompt on nf4": {"tuning": "{method: prompt}", "quantization": "{method: nf4}"},
+    "prompt on int8": {"tuning": "{method: prompt}", "quantization": "{method: int8}"},
+    "prefix on nf4": {"tuning": "{method: prefix}", "quantization": "{method: nf4}"},
+    "prefix on int8": {"tuning": "{method: prefix}", "quantization": "{method: int8}"},
+    "norm on nf4": {"tuning": "{method: norm}", "quantization": "{method: nf4}"},
+    "norm on int8": {"tuning": "{method: norm}", "quantization": "{method: int8}"},
+    "houlsby on nf4": {"tuning": "{method: houlsby}", "quantization": "{method: nf4}"},
+    "houlsby on int8": {"tuning": "{method: houlsby}", "quantization": "{method: int8}"},
 }
 
 

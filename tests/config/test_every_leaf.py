@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import string
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
@@ -13,10 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.config.dump import dump_config, show_config
+from finetune.config.schema import Full, HubSource
 from finetune.config.shape import Block, Choice, Entry, Items, Leaf, Shape, Table, entries, root
 from finetune.config.tree import KeyPath, dotted
 
 KEY, VALUE = "KEYKEYKEY", "VALUEVALUEVALUE"
+TABLES = ("rank_pattern", "alpha_pattern", "columns")
+"""Leaves that are mappings with names of the user's."""
 
 EXAMPLES: dict[str, Any] = {
     "id": "owner/name",
@@ -34,6 +37,14 @@ EXAMPLES: dict[str, Any] = {
     "output": "runs/other",
     "targets": "mlp",
     "chapters": ["A", "B"],
+    "new_tokens": ["[<note>]", "[</note>]"],
+    "spectrum": 0.5,
+    "subset": "all",
+    "text": "Answer the question.",
+    "columns": {"question": "Frage"},
+    "rank_pattern": {"layers[.]0[.]": 8},
+    "alpha_pattern": {"layers[.]0[.]": 8.0},
+    "init_rank": 12,
     "train": [{"source": "/data/train.jsonl"}],
 }
 """A valid value for leaves without a default to take."""
@@ -66,6 +77,10 @@ class Place:
         literals = get_args(self.entry.info.annotation)
         if self.entry.required and literals and isinstance(literals[0], str):
             return literals[0]
+        if self.block.model is HubSource and self.key == "source":
+            return "hub:owner/name"
+        if self.block.model is Full and self.key == "targets":
+            return "all"
         if self.key in EXAMPLES and not (self.key == "source" and literals):
             return EXAMPLES[self.key]
         return self.entry.default
@@ -74,6 +89,8 @@ class Place:
 def _is_leaf(shape: Shape) -> bool:
     if isinstance(shape, Choice):
         return any(_is_leaf(member) for member in shape.members.values())
+    if isinstance(shape, Table):
+        return isinstance(shape.value, Leaf)
     return isinstance(shape, Leaf) or (isinstance(shape, Items) and isinstance(shape.item, Leaf))
 
 
@@ -83,7 +100,8 @@ quick = settings(max_examples=4, deadline=None, derandomize=True, database=None,
 
 
 def test_the_walk_finds_every_section():
-    assert len(PLACES) > 80
+    assert len(PLACES) > 150
+    assert {place.key for place in PLACES} >= {"new_tokens", "spectrum", "bottleneck", "columns", "trainable_dtype", "rank_pattern"}
     assert {dotted(place.path).split(".")[0] for place in PLACES} == set(root().entries)
 
 
@@ -141,8 +159,18 @@ def document(place: Place, key: str | None = None, value: Any = None) -> dict[st
         item.get("task") == "knowledge" for item in whole.get("evaluation", {}).get("tasks", [])
     ):
         whole["data"] = BASE["data"]
+    return _surrounded(whole)
+
+
+def _surrounded(whole: dict[str, Any]) -> dict[str, Any]:
+    """The document with what some methods need beside them."""
     if whole["tuning"].get("init", {}).get("method") == "loftq":
         whole["quantization"] = {"method": "nf4"}
+    if whole["model"].get("new_tokens"):
+        whole["tuning"] = {"method": "lora", "embeddings": "new-tokens"}
+    if whole.get("optimizer", {}).get("galore"):
+        whole["optimizer"] |= {"method": "galore"}
+        whole["tuning"] = {"method": "full"}
     return whole
 
 
@@ -213,8 +241,10 @@ def wrong_values(place: Place) -> list[str]:
         values = [value for value in values if value not in ("12", "1.5" if float in allowed else "12")]
     if float in allowed:
         values = [value for value in values if value != "1_000"]
-    if place.key in ("targets", "chapters", "validation", "train"):
+    if place.key in ("targets", "chapters", "validation", "train", "new_tokens", *TABLES):
         values = ["12", "true", "[1, 2]", "1.5"]
+    if place.key in TABLES:
+        values += ["{a: [1]}", "{1: }", "word"]
     return values if type(None) in allowed else [*values, "null", ""]
 
 
@@ -234,6 +264,8 @@ def beyond(place: Place) -> st.SearchStrategy[str] | None:
     low = next((item.ge for item in flat if getattr(item, "ge", None) is not None), None)
     above = next((item.gt for item in flat if getattr(item, "gt", None) is not None), None)
     high = next((value for item in flat for name in ("le", "lt") if (value := getattr(item, name, None)) is not None), None)
+    if place.key in TABLES:
+        return st.sampled_from(["{question: ''}"] if place.key == "columns" else ["{'layers': 0}", "{'layers': -1}", "{'layers': .nan}"])
     if int in allowed:
         under = st.integers(-(10**6), low - 1) if low is not None else st.nothing()
         return (under | (st.integers(high + 1, high + 10**6) if high is not None else st.nothing())).map(str)
@@ -241,9 +273,16 @@ def beyond(place: Place) -> st.SearchStrategy[str] | None:
         under = st.floats(-1e6, (low or 0) - 1e-3) if low is not None else st.floats(-1e6, above or 0)
         over = st.floats(high + 1e-3, 1e6) | st.sampled_from([float("inf"), float("nan")]) if high is not None else st.just(float("inf"))
         return (under | over).map(lambda number: {"inf": ".inf", "nan": ".nan"}.get(repr(number), repr(number)))
-    if str in allowed and (get_args(place.entry.info.annotation) or place.key == "targets"):
+    enumerated = any(isinstance(word, str) for word in _words(place.entry.info.annotation))
+    if str in allowed and (enumerated or place.key == "targets"):
         return st.text(string.ascii_lowercase, min_size=3, max_size=12).map(lambda word: f"x{word}")
-    return st.just("''") if allowed == {str} else None
+    return st.just("''") if allowed <= {str, type(None)} else None
+
+
+def _words(annotation: Any) -> Iterator[Any]:
+    """The words of the enumerations in an annotation."""
+    for part in get_args(annotation):
+        yield from [part] if get_origin(annotation) is Literal else _words(part)
 
 
 def _constraints(annotation: Any) -> Iterator[Any]:
@@ -273,6 +312,7 @@ def test_a7_the_resolved_configuration_loads_to_the_same_values(place: Place, lo
     loaded = load(yaml.safe_dump(document(place), sort_keys=False))
     assert load(dump_config(loaded.config)).config == loaded.config
     assert load(show_config(loaded.config, loaded.origins)).config == loaded.config
-    stated = [origin for path, origin in loaded.origins.items() if path.startswith(dotted(place.path).replace("NAME", "attention"))]
+    name = dotted(place.path).replace("NAME", "attention")
+    stated = [origin for path, origin in loaded.origins.items() if path == name or path.startswith(f"{name}.")]
     assert stated
     assert all(origin.kind == "file" for origin in stated)

@@ -45,6 +45,7 @@ def test_every_yaml_is_planned(path: Path, machine: Machine, tmp_path: Path) -> 
         resolved.tokens_per_device,
         resolved.gradient_checkpointing,
         resolved.strategy,
+        resolved.optimizer,
     ):
         assert choice.value != "auto"
         assert choice.reason
@@ -61,3 +62,32 @@ def test_a_partial_batch_counts_as_a_step() -> None:
     ).config
     assert count_steps(config, 101) == count_steps(config, 110)
     assert (count_steps(config, 101).per_epoch, count_steps(config, 101).total, count_steps(config, 101).warmup) == (11, 22, 2)
+
+
+@pytest.mark.parametrize(
+    ("machine", "stated", "expected"), [(CPU, "auto", "adamw"), (GPU, "auto", "paged-adamw-8bit"), (GPU, "lion", "lion")], ids=str
+)
+def test_the_optimizer_is_chosen_for_the_machine(machine: Machine, stated: str, expected: str) -> None:
+    config = load_config(ROOT / "configs" / "quickstart.yaml", [f"optimizer.method={stated}"]).config
+    choice = resolve(config, machine).optimizer
+    assert choice.value == expected
+    assert ("stated" in choice.reason) == (stated != "auto")
+
+
+def test_a2_a_resumed_run_keeps_its_optimizer_and_types_on_another_machine() -> None:
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["optimizer.method=auto"]).config
+    started = resolve(config, GPU)
+    resumed = resolve(config, CPU).pinned(**started.types())
+    assert (resumed.optimizer.value, resumed.precision.value, resumed.compute_dtype.value) == ("paged-adamw-8bit", "bf16", "bf16")
+    assert resumed.types() == started.types()
+    assert resumed.tokens_per_device == resolve(config, CPU).tokens_per_device
+
+
+def test_a_run_without_a_recorded_optimizer_keeps_the_stated_one() -> None:
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["optimizer.method=adamw-8bit"]).config
+    assert resolve(config, CPU).pinned("fp32", "fp32").optimizer.value == "adamw-8bit"
+
+
+def test_prefix_tuning_never_recomputes_activations() -> None:
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["tuning={method: prefix}"]).config
+    assert resolve(config, GPU).gradient_checkpointing.value is False

@@ -1,0 +1,121 @@
+"""Checks of the data section: sources that cannot be meant, columns of the format, validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from finetune.config.finding import Finding
+from finetune.config.hints import nearest
+from finetune.config.schema import Config, Evaluation, FileSource, HubSource, Icd10cm, KnowledgeTask, LossTask, Source
+from finetune.config.tree import KeyPath
+
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "chat": ("messages", "tools"),
+    "sharegpt": ("conversations", "system", "tools"),
+    "prompt-completion": ("prompt", "completion"),
+    "question-answer": ("question", "answer"),
+    "alpaca": ("instruction", "input", "output", "system"),
+    "text": ("text",),
+}
+"""`format` -> the columns that a row of it may have."""
+
+
+def sources(config: Config) -> list[tuple[KeyPath, Source]]:
+    """Every source with its path, training first."""
+    validation = config.data.validation if isinstance(config.data.validation, tuple) else ()
+    rows: list[tuple[KeyPath, Source]] = [(("data", "train", index), source) for index, source in enumerate(config.data.train)]
+    return rows + [(("data", "validation", index), source) for index, source in enumerate(validation)]
+
+
+def columns(config: Config) -> Iterator[Finding]:
+    """Names for columns that the format does not have, or two names for one column of the file."""
+    for path, source in sources(config):
+        if isinstance(source, FileSource | HubSource):
+            yield from _columns(source, (*path, "columns"))
+
+
+def _columns(source: FileSource | HubSource, path: KeyPath) -> Iterator[Finding]:
+    known = (
+        tuple(dict.fromkeys(name for names in COLUMNS.values() for name in names)) if source.format == "auto" else COLUMNS[source.format]
+    )
+    taken: dict[str, str] = {}
+    for name, theirs in source.columns.items():
+        if name not in known:
+            meant = nearest(name, known)
+            turned = theirs in known
+            fix = f"write `{theirs}: {name}`: the format's name comes first" if turned else f"columns: {', '.join(known)}"
+            of = "any format" if source.format == "auto" else f"`{source.format}`"
+            yield Finding(f"`{name}` is not a column of {of}", f"did you mean `{meant}`?" if meant and not turned else fix, (*path, name))
+        first = taken.setdefault(theirs, name)
+        if first != name:
+            yield Finding(f"`{first}` and `{name}` are both read from `{theirs}`", "keep one of the two", (*path, name), (*path, first))
+
+
+def facts(config: Config) -> Iterator[Finding]:
+    """Built-in knowledge of which nothing would be trained."""
+    for index, source in enumerate(config.data.train):
+        if isinstance(source, Icd10cm) and source.document_facts + source.question_facts == 0:
+            yield Finding(
+                "`document_facts` and `question_facts` are both 0: no fact would be trained",
+                "raise one of them",
+                ("data", "train", index, "document_facts"),
+                ("data", "train", index, "question_facts"),
+            )
+
+
+def twice(config: Config) -> Iterator[Finding]:
+    """A source that is listed twice, or trained and validated on."""
+    seen: dict[str, KeyPath] = {}
+    for path, source in sources(config):
+        first = seen.setdefault(_identity(source), path)
+        if first is path:
+            continue
+        leaks = path[1] == "validation" and first[1] == "train"
+        what = "is also trained on: its validation loss would mean nothing" if leaks else "is listed twice"
+        fix = "hold rows back with `validation: {fraction: 0.02}`" if leaks else "keep one; `weight: 2` shows its rows twice an epoch"
+        yield Finding(f"`{source.source}` {what}", fix, (*path, "source"), (*first, "source"))
+
+
+def _identity(source: Source) -> str:
+    """Equal for sources that hold the same rows, however they are read."""
+    if isinstance(source, FileSource):
+        return source.source
+    return source.model_dump_json(exclude={"weight", "format", "columns"})
+
+
+def validation(config: Config) -> Iterator[Finding]:
+    """What watches validation loss where there is no validation data."""
+    if config.data.validation is not None:
+        return
+    needed: list[tuple[KeyPath, str]] = []
+    if config.train.early_stopping is not None:
+        needed.append((("train", "early_stopping"), "early stopping watches validation loss"))
+    if config.train.evaluate.every_steps is not None:
+        needed.append((("train", "evaluate", "every_steps"), "`train.evaluate` measures validation loss"))
+    if config.evaluation.tasks != Evaluation().tasks:  # the default lists the loss, and leaves it out where there is no data
+        tasks = enumerate(config.evaluation.tasks)
+        needed.extend(
+            (("evaluation", "tasks", index, "task"), "the task `loss` needs it") for index, task in tasks if isinstance(task, LossTask)
+        )
+    for path, why in needed:
+        yield Finding(
+            f"there is no validation data, and {why}", "add `validation: {fraction: 0.02}` under `data`", path, ("data", "validation")
+        )
+
+
+def tasks(config: Config) -> Iterator[Finding]:
+    """Tasks that are listed twice, or that ask about what is not trained."""
+    seen: set[str] = set()
+    builtin = any(isinstance(source, Icd10cm) for source in config.data.train)
+    for index, task in enumerate(config.evaluation.tasks):
+        path: KeyPath = ("evaluation", "tasks", index, "task")
+        if task.task in seen:
+            yield Finding(f"the task `{task.task}` is listed twice", "keep one of the two", path)
+        seen.add(task.task)
+        if isinstance(task, KnowledgeTask) and not builtin:
+            yield Finding(
+                "the task `knowledge` asks about ICD-10-CM facts, and `data.train` has no `builtin:icd10cm` source",
+                "add `{source: builtin:icd10cm}` to `data.train`, or remove the task",
+                path,
+                ("data", "train"),
+            )
