@@ -12,15 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-13
+"""Of the factors' norms: what fp64 cannot tell from zero."""
+
 
 @dataclass(frozen=True, slots=True)
 class Directions:
-    """The thin singular value decomposition of an update, k <= min(d_out, d_in)."""
+    """The thin singular value decomposition of an update; k is its rank, 0 for an update of zeros."""
 
     u: Tensor
     """(d_out, k) fp64: left singular vectors, in the space of the module's outputs."""
     sigma: Tensor
-    """(k,) fp64, falling."""
+    """(k,) fp64 above zero, falling."""
     v: Tensor
     """(d_in, k) fp64: right singular vectors, in the space of the module's inputs."""
 
@@ -35,18 +38,19 @@ def directions(left: Tensor, right: Tensor) -> Directions:
     q_left, t_left = torch.linalg.qr(left.double())
     q_right, t_right = torch.linalg.qr(right.double())
     u, sigma, vh = torch.linalg.svd(t_left @ t_right.T, full_matrices=False)
-    return Directions(q_left @ u, sigma, q_right @ vh.T)
+    # directions of rounding alone mean nothing, and the factors of a difference that vanished hold no others
+    rank = int((sigma > _ROUNDING * float(t_left.norm()) * float(t_right.norm())).sum())
+    return Directions(q_left @ u[:, :rank], sigma[:rank], q_right @ vh[:rank].T)
 
 
 def effective_rank(sigma: Tensor) -> float:
     """exp(-sum p_i ln p_i) with p_i = sigma_i / sum(sigma) (Roy & Vetterli 2007, definition 1): k equal singular values give k.
 
-    ``sigma`` (k,) are all singular values that are not zero. 0 for an update of zeros.
+    ``sigma`` (k,) are the singular values above zero; 0 where there are none.
     """
-    total = float(sigma.sum())
-    if not total:
+    if not len(sigma):
         return 0.0
-    shares = sigma[sigma > 0].double() / total
+    shares = sigma.double() / sigma.double().sum()
     return math.exp(-float((shares * shares.log()).sum()))
 
 
