@@ -1,52 +1,110 @@
-"""Adapters on a base model through PEFT: attaching, saving, and loading without a tensor left over."""
+"""Everything that makes a base model trainable: attaching, switching, saving, and loading without a tensor left over.
+
+The methods of the `tuning` union are told apart here and in `finetune.model.methods`, by the type of their section, and nowhere else.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from safetensors.torch import load_file
 
-from finetune.config.schema import Full, Tuning
+from finetune.config.schema import Bitfit, Full, Houlsby, SpectrumTargets, TiedLora, Tuning
 from finetune.errors import VerificationError
+from finetune.model import parts
+from finetune.model.adalora import whole_ranks
+from finetune.model.bias import add_biases
+from finetune.model.bottleneck import add_bottlenecks
 from finetune.model.head import accept_wide_inputs
-from finetune.model.lora import lora_config
+from finetune.model.methods import Given, Peft, begin, peft_config
+from finetune.model.parts import Own
+from finetune.model.targets import chosen, linear_modules
+from finetune.model.tied import tie
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = parts.WEIGHTS
 
 
-def attach(model: Any, tuning: Tuning) -> Any:
-    """Make ``model`` trainable as ``tuning`` says. Every trainable parameter is fp32 (bf16 loses small updates, pitfall A12)."""
-    if isinstance(tuning, Full):
-        model.requires_grad_(True)
-        trained = model
-    else:
-        config = lora_config(model, tuning)
-        with _no_tying_warning():
-            trained = get_peft_model(model, config)
-        accept_wide_inputs(model.get_output_embeddings())
+def attach(model: Any, tuning: Tuning, given: Given | None = None) -> Any:
+    """Make ``model``, a loaded and frozen base, trainable as ``tuning`` says; returns it, or what PEFT puts around it.
+
+    Raises ConfigError where the model has nothing that the method could train.
+    """
+    given = given or Given()
+    match tuning:
+        case Full():
+            trained = _unfrozen(model, tuning, given)
+        case Bitfit() | Houlsby():
+            trained = _with_parts(model, tuning)
+        case _:
+            trained = _with_peft(model, tuning, given)
     for parameter in trained.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(given.dtype)
     return trained
 
 
+def _unfrozen(model: Any, tuning: Full, given: Given) -> Any:
+    """Everything trains, or the linear weights that Spectrum chose (without their biases)."""
+    if not isinstance(tuning.targets, SpectrumTargets):
+        model.requires_grad_(True)
+        return model
+    if given.ratios is None:
+        raise ValueError("targets by Spectrum need the ratios of the base: pass spectrum.ratios_for(tuning, base_dir)")
+    model.requires_grad_(False)
+    for name in chosen({name: given.ratios[name] for name in linear_modules(model)}, tuning.targets.spectrum):
+        model.get_submodule(name).weight.requires_grad_(True)
+    return model
+
+
+def _with_parts(model: Any, tuning: Own) -> Any:
+    match tuning:
+        case Bitfit():
+            add_biases(model)
+        case Houlsby():
+            add_bottlenecks(model, tuning)
+    model.own_tuning, model.own_base = tuning, str(model.config._name_or_path)
+    return model
+
+
+def _with_peft(model: Any, tuning: Peft, given: Given) -> Any:
+    config = peft_config(model, tuning, given)
+    with _quiet():
+        trained = get_peft_model(model, config)
+    begin(trained, tuning)
+    if isinstance(tuning, TiedLora):
+        tie(trained, tuning)
+    _settle(trained)
+    return trained
+
+
+def _settle(model: Any) -> None:
+    """Let fp32 parts of ``model`` (PEFT's) work in a base of another type, without autocast too."""
+    base = model.get_base_model()
+    accept_wide_inputs(base.get_output_embeddings())
+    for module in base.modules():
+        if isinstance(module, LNTuningLayer):
+            # an fp32 scale makes fp32 hidden states, which the next layer of a bf16 base could not multiply
+            module.register_forward_hook(lambda _module, inputs, output: output.to(inputs[0].dtype))
+
+
 @contextmanager
-def _no_tying_warning() -> Iterator[None]:
-    """Without PEFT's advice on tied embeddings, which concerns its own merge: ours unties the pair and writes both sides."""
+def _quiet() -> Iterator[None]:
+    """Without PEFT's advice on what does not apply here: our merge unties tied embeddings itself, and AdaLoRA's rank is stated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Model has `tie_word_embeddings=True` and a tied layer is part of the adapter")
         yield
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Trainable parameters by name; a tied tensor appears once."""
+    """Trainable parameters by name; one that several modules share appears once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -61,22 +119,32 @@ def _logical_size(parameter: torch.nn.Parameter) -> int:
 
 
 def save(model: Any, directory: Path) -> None:
-    """Write the adapter in PEFT's format (or, for full tuning, the model), then read it back (pitfall B9).
+    """Write the adapter (or, for full tuning, the model), then read it back (pitfall B9).
 
-    Embedding matrices that only carry a LoRA are not copied into the file.
+    PEFT's methods are written in PEFT's format, without copies of embeddings that only carry a LoRA; the others as `parts` describes.
     """
-    if not isinstance(model, PeftModel):
+    if isinstance(model, PeftModel):
+        with whole_ranks(model):
+            model.save_pretrained(directory, save_embedding_layers=False, safe_serialization=True)
+        (directory / "README.md").unlink(missing_ok=True)  # PEFT's template; ours is written with the run's figures
+    elif is_adapter(model):
+        parts.save_parts(model, directory)
+    else:
         model.save_pretrained(directory)
         return
-    model.save_pretrained(directory, save_embedding_layers=False, safe_serialization=True)
-    (directory / "README.md").unlink(missing_ok=True)  # PEFT's template; ours is written with the run's figures
     _require_equal(model, directory)
 
 
 def load(base: Any, directory: Path, *, is_trainable: bool = False) -> Any:
     """``base`` with the adapter of ``directory``: every tensor of the file is used and none is missing (pitfall A4)."""
+    own = parts.read_config(directory)
+    if own is not None:
+        model = attach(base, own)
+        model.requires_grad_(False)
+        parts.read_parts(model, directory)
+        return model
     try:
-        with _no_tying_warning():
+        with _quiet():
             model = PeftModel.from_pretrained(base, directory, is_trainable=is_trainable, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise VerificationError(
@@ -84,20 +152,42 @@ def load(base: Any, directory: Path, *, is_trainable: bool = False) -> Any:
         ) from error
     _restore_precision(model, load_file(directory / WEIGHTS))
     _require_equal(model, directory)
-    accept_wide_inputs(model.get_base_model().get_output_embeddings())
+    _settle(model)
     return model
 
 
+def read_into(model: Any, directory: Path) -> None:
+    """Put the adapter of a checkpoint into ``model``, which was attached in the same way; VerificationError where it does not fit."""
+    if not isinstance(model, PeftModel):
+        parts.read_parts(model, directory)
+        return
+    stored = load_file(directory / WEIGHTS)
+    with whole_ranks(model):
+        try:
+            result = set_peft_model_state_dict(model, stored)
+        except (KeyError, RuntimeError) as error:
+            raise VerificationError(
+                f"the checkpoint does not fit the model: {error}", where=str(directory), fix="resume with the same configuration"
+            ) from error
+    # PEFT hands prompts to their encoder itself, and still lists them as unexpected
+    unexpected = [name for name in result.unexpected_keys if name != "prompt_embeddings"]
+    if unexpected:
+        raise VerificationError(
+            f"the checkpoint does not fit the model: {unexpected[0]}", where=str(directory), fix="resume with the same configuration"
+        )
+    _require_equal(model, directory)
+
+
 def _restore_precision(model: Any, stored: dict[str, torch.Tensor]) -> None:
-    """Take fp32 tensors of the file as they are: PEFT makes modules_to_save copies in the base's type, and rounds what it loads to it."""
+    """Take the tensors of the file as they are: PEFT makes copies of modules in the base's type, and rounds what it loads to it."""
     for name, parameter in model.named_parameters():
-        value = stored.get(name.replace(".modules_to_save.default.", ".").replace(".default.", "."))
-        if value is not None and value.dtype == torch.float32 and parameter.dtype.itemsize < value.dtype.itemsize:
+        value = stored.get(name.replace(".modules_to_save.default.", ".").replace(".default.", ".").removesuffix(".default"))
+        if value is not None and value.dtype != parameter.dtype:
             parameter.data = value.to(parameter.device)
 
 
 def _require_equal(model: Any, directory: Path) -> None:
-    live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    live = _state(model)
     stored = load_file(directory / WEIGHTS)
     for name in sorted(set(live) | set(stored)):
         if name not in stored or name not in live:
@@ -114,6 +204,29 @@ def _require_equal(model: Any, directory: Path) -> None:
         raise VerificationError("the adapter file is empty", where=str(directory / WEIGHTS), fix="train again")
 
 
+def _state(model: Any) -> Mapping[str, torch.Tensor]:
+    """The adapter's live tensors by their key in the file."""
+    if not isinstance(model, PeftModel):
+        return parts.tensors(model)
+    with whole_ranks(model):
+        state: Mapping[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
+
+
+def name_base(model: Any, name: str) -> None:
+    """Let the files of ``model``'s adapter say that its base is ``name``."""
+    if isinstance(model, PeftModel):
+        model.peft_config["default"].base_model_name_or_path = name
+    elif is_adapter(model):
+        model.own_base = name
+
+
 def is_adapter(model: torch.nn.Module) -> bool:
-    """Whether ``model`` carries a PEFT adapter that can be switched off."""
-    return isinstance(model, PeftModel)
+    """Whether ``model`` carries an adapter that can be switched off; after full tuning it does not."""
+    return isinstance(model, PeftModel) or bool(parts.parts(model))
+
+
+def switched_off(model: Any) -> AbstractContextManager[None]:
+    """Inside the block ``model`` computes what its base does, whatever its adapter is."""
+    context: AbstractContextManager[None] = model.disable_adapter() if isinstance(model, PeftModel) else parts.switched_off(model)
+    return context

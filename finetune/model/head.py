@@ -10,6 +10,8 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from finetune.model.virtual import forward_inputs
+
 CHUNK = 512
 """Positions whose logits exist at a time."""
 
@@ -111,7 +113,7 @@ def target_losses(model: Any, ids: torch.Tensor, attention: torch.Tensor, superv
     Position p predicts token p+1, so the hidden states before the supervised tokens are gathered first and only they meet the head.
 
     Args:
-        model: a causal language model, with or without a PEFT adapter.
+        model: a causal language model, with or without an adapter; virtual tokens count as context, never as targets.
         ids: (b, t) int64 token ids, padded on the right.
         attention: (b, t) int64, 1 where a token stands, 0 where padding does.
         supervised: (b, t) bool, True where the token is a target; the first column never counts.
@@ -122,11 +124,12 @@ def target_losses(model: Any, ids: torch.Tensor, attention: torch.Tensor, superv
     core = causal_model(model)
     wanted = supervised[:, 1:]
     targets = ids[:, 1:][wanted]
+    inputs, before = forward_inputs(model, ids, attention)
     if not has_plain_head(core):
-        logits = core(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1][wanted]
+        logits = core(**inputs, use_cache=False).logits[:, before:-1][wanted]
         return functional.cross_entropy(logits.float(), targets, reduction="none")
-    hidden = backbone(core)(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
-    return hidden_losses(hidden[:, :-1][wanted], core.get_output_embeddings(), targets)
+    hidden = backbone(core)(**inputs, use_cache=False).last_hidden_state
+    return hidden_losses(hidden[:, before:-1][wanted], core.get_output_embeddings(), targets)
 
 
 def hidden_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
