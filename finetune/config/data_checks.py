@@ -10,11 +10,11 @@ from finetune.config.schema import Config, Evaluation, FileSource, HubSource, Ic
 from finetune.config.tree import KeyPath
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "chat": ("messages", "tools"),
-    "sharegpt": ("conversations", "system", "tools"),
-    "prompt-completion": ("prompt", "completion"),
-    "question-answer": ("question", "answer"),
-    "alpaca": ("instruction", "input", "output", "system"),
+    "chat": ("messages", "tools", "system"),
+    "sharegpt": ("conversations", "tools", "system"),
+    "prompt-completion": ("prompt", "completion", "system"),
+    "question-answer": ("question", "answer", "system"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
     "text": ("text",),
 }
 """`format` -> the columns that a row of it may have."""

@@ -81,7 +81,7 @@ REASONS: dict[str, str] = {
     "freeze_trainable_layers": "`tuning.targets: {regex: ...}` chooses the layers that get an adapter",
     "layers_to_transform": "`tuning.targets: {regex: ...}` chooses the layers that get an adapter",
     "lora_layers_to_transform": "`tuning.targets: {regex: ...}` chooses the layers that get an adapter",
-    "optim_target_modules": "GaLore projects every linear weight with two sides above `optimizer.galore.rank`",
+    "optim_target_modules": "GaLore projects every hidden matrix with both sides above `optimizer.galore.rank`",
     "bias": "`tuning: {method: bitfit}` trains biases",
     "push_to_hub": "`finetune merge` writes a directory; upload it with `hf upload`",
     "hub_model_id": "`finetune merge` writes a directory; upload it with `hf upload`",

@@ -11,6 +11,7 @@ from finetune.config.data_checks import COLUMNS
 from finetune.config.methods import FACTS
 from finetune.config.optimizer_checks import UNREAD
 from finetune.config.schema import ROLES, Optimizer, Tuning
+from finetune.data.formats import _FORMATS
 
 PARTS = {
     "model": "{id: owner/name}",
@@ -331,7 +332,10 @@ def test_every_key_that_an_optimizer_does_not_read_exists():
 
 
 def test_every_format_has_columns():
-    assert set(COLUMNS) == set(get_args(Format)) - {"auto"}
+    assert set(COLUMNS) == set(get_args(Format)) - {"auto"} == set(_FORMATS)
+    assert {name: set(columns) for name, columns in COLUMNS.items()} == {
+        name: {*known.columns, *known.optional} for name, known in _FORMATS.items()
+    }
 
 
 FINE = {
