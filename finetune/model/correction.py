@@ -1,4 +1,6 @@
-"""The base that a LoftQ adapter belongs to, as a file beside the adapter: `loftq_base.safetensors`.
+"""The base that an adapter belongs to where that is not the one on disk, as a file beside the adapter.
+
+**LoftQ: `loftq_base.safetensors`.**
 
 LoftQ starts the adapter at factors A0, B0 that are not zero, and with more than one iteration it changes the quantized base as well:
 
@@ -8,6 +10,9 @@ LoftQ starts the adapter at factors A0, B0 that are not zero, and with more than
 Q itself is not stored. W is on disk already, and A', B' rebuild Q from it. A0, B0 are stored to take the start away again when the adapter
 is folded into W instead of Q: W + s(BA - B0 A0). Keys are `MODULE.start.A`, `.start.B` and, where the base changed, `.base.A`, `.base.B`;
 the metadata holds the scale s of each module.
+
+**PiSSA and OLoRA: `moved_base.safetensors`**, in the run directory alone. The adapter starts at a part of the weight that leaves the base:
+training runs on W - s B0 A0. The file holds A0, B0 as `.start.A`, `.start.B`. The finished adapter is exported as s(BA - B0 A0) on W.
 """
 
 from __future__ import annotations
@@ -20,13 +25,14 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.errors import VerificationError
+from finetune.model.shards import ShardWriter, Slot
 from finetune.model.weights import Weights
 
 FILE = "loftq_base.safetensors"
+MOVED = "moved_base.safetensors"
 _FORMAT = "finetune-loftq-1"
 
 
@@ -54,37 +60,66 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class ModuleCorrection:
-    """What LoftQ did to one module."""
+    """What LoftQ, PiSSA or OLoRA did to one module."""
 
     start: Factors
     """B0 A0, where the adapter starts."""
     base: Factors | None
-    """B' A', taken from the weight before it was quantized; None where the base is the plain quantization."""
+    """B' A', taken from the weight before it was quantized; None where the base is the plain quantization, and for PiSSA and OLoRA, whose
+    base lacks the start itself."""
 
 
-def save_corrections(directory: Path, corrections: Mapping[str, ModuleCorrection]) -> Path:
-    """Write the file for ``corrections`` (by module name) into the adapter's ``directory``; returns its path."""
-    tensors: dict[str, Tensor] = {}
-    for name, correction in corrections.items():
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What is known of the factors of one module before they are computed."""
+
+    d_out: int
+    d_in: int
+    rank: int
+    scale: float
+    """s"""
+
+
+class CorrectionWriter:
+    """The file of corrections, written module by module so that they are never in memory together; a context manager."""
+
+    def __init__(self, path: Path, shapes: Mapping[str, Shape], *, base: bool) -> None:
+        """Create ``path`` for the modules of ``shapes``, in that order; ``base``: each comes with factors of its base."""
+        parts = ("start", "base") if base else ("start",)
+        slots = {
+            f"{name}.{part}.{side}": Slot(size, torch.float32)
+            for name, shape in shapes.items()
+            for part in parts
+            for side, size in (("A", (shape.rank, shape.d_in)), ("B", (shape.d_out, shape.rank)))
+        }
+        scales = {name: shape.scale for name, shape in shapes.items()}
+        self._writer = ShardWriter(path, slots, {"format": _FORMAT, "scales": json.dumps(scales)})
+
+    def write(self, name: str, correction: ModuleCorrection) -> None:
+        """Append the correction of the module that is due."""
         for part, factors in (("start", correction.start), ("base", correction.base)):
             if factors is not None:
-                tensors[f"{name}.{part}.A"] = factors.a.detach().float().cpu().contiguous()
-                tensors[f"{name}.{part}.B"] = factors.b.detach().float().cpu().contiguous()
-    scales = {name: correction.start.scale for name, correction in corrections.items()}
-    save_file(tensors, directory / FILE, {"format": _FORMAT, "scales": json.dumps(scales)})
-    return directory / FILE
+                self._writer.write(f"{name}.{part}.A", factors.a.detach().float())
+                self._writer.write(f"{name}.{part}.B", factors.b.detach().float())
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._writer.__exit__(kind, error, trace)
 
 
 class Corrections:
     """The corrections stored beside an adapter, read module by module; a context manager."""
 
-    def __init__(self, directory: Path) -> None:
-        """Open the file of the adapter ``directory``; VerificationError where it is missing, damaged or of another format."""
-        self._weights = Weights(directory, (FILE,))
-        where = str(directory / FILE)
+    def __init__(self, directory: Path, file: str = FILE) -> None:
+        """Open ``file`` of the adapter ``directory``; VerificationError where it is missing, damaged or of another format."""
+        self._weights = Weights(directory, (file,))
+        where = str(directory / file)
         try:
             if self._weights.metadata.get("format") != _FORMAT:
-                raise VerificationError("the file is not a LoftQ base correction", where=where, fix="restore it from the run")
+                raise VerificationError("the file holds no corrections of a base", where=where, fix="restore it from the run")
             self._scales = {str(name): float(scale) for name, scale in json.loads(self._weights.metadata["scales"]).items()}
             self._require_complete(where)
         except (KeyError, ValueError, AttributeError, TypeError) as error:
@@ -104,7 +139,7 @@ class Corrections:
 
     @property
     def modules(self) -> frozenset[str]:
-        """Names of the modules that LoftQ initialized."""
+        """Names of the modules whose start was computed from their weight."""
         return frozenset(self._scales)
 
     def read(self, module: str) -> ModuleCorrection:

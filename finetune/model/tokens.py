@@ -93,6 +93,12 @@ def enlarged(weight: Tensor, ids: Sequence[int]) -> Tensor:
     return result
 
 
+def is_tied(model: Any) -> bool:
+    """Whether the output head of the base ``model`` is the embedding's own weight."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 @torch.no_grad()
 def enlarge(model: Any, ids: Sequence[int]) -> None:
     """Give the base ``model``, fresh from `load_base`, rows for the new token ``ids``; a tied head stays tied.
@@ -103,7 +109,7 @@ def enlarge(model: Any, ids: Sequence[int]) -> None:
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rows = enlarged(embedding.weight, ids)
-    head_rows = None if head is None or head.weight is embedding.weight else enlarged(head.weight, ids)
+    head_rows = None if head is None or is_tied(model) else enlarged(head.weight, ids)
     frozen = not embedding.weight.requires_grad
     if rows.shape[0] > embedding.weight.shape[0]:
         # the resized rows are overwritten: transformers would draw them around the mean, anew at every loading

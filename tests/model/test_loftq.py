@@ -16,15 +16,24 @@ from transformers import AutoModelForCausalLM
 
 from finetune.config.schema import EightBit, FourBit, LoftqInit, Lora, NoQuantization
 from finetune.errors import ConfigError, VerificationError
+from finetune.model.computed_start import StartReport
 from finetune.model.correction import Corrections
-from finetune.model.loftq import LoftqReport, Quantizer, apply_loftq, decompose, low_rank, restore_base, save_base_correction
-from finetune.model.quantize import bnb_config, dequantized, disable_cpu_repacking, is_quantized
+from finetune.model.loftq import Quantizer, apply_loftq, decompose, restore_base, save_base_correction
+from finetune.model.lora import lora_layers
+from finetune.model.low_rank import low_rank
+from finetune.model.quantize import bnb_config, dequantized, disable_cpu_repacking, is_quantized, roundtrip
 from finetune.model.start import before_training
+from finetune.model.weights import Weights
 
 NF4, FP4, INT8 = FourBit(method="nf4"), FourBit(method="fp4"), EightBit(method="int8")
 FP32 = torch.float32
 TOKENS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(4))
 Llama = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def loftq(iterations: int = 1, **settings: Any) -> LoftqInit:
+    return LoftqInit(method="loftq", iterations=iterations, **settings)
 
 
 def gaussian(d_out: int, d_in: int) -> torch.Tensor:
@@ -46,7 +55,7 @@ def by_the_paper(weight: torch.Tensor, rank: int, iterations: int) -> tuple[torc
 def test_it_is_the_papers_algorithm_whatever_the_scale(scale: float, iterations: int) -> None:
     weight = gaussian(96, 128)
     quantized, update = by_the_paper(weight, 8, iterations)
-    found = decompose(weight, Quantizer(NF4, FP32), 8, scale, iterations)
+    found = decompose(weight, Quantizer(NF4, FP32), 8, scale, loftq(iterations))
     start = found.correction.start
     torch.testing.assert_close(found.quantized.values, quantized, rtol=0, atol=1e-5)
     torch.testing.assert_close(scale * start.b @ start.a, update, rtol=0, atol=1e-4)
@@ -56,7 +65,7 @@ def test_it_is_the_papers_algorithm_whatever_the_scale(scale: float, iterations:
 
 def ratio(weight: torch.Tensor, scale: float, *, divided: bool = True) -> float:
     """||W - Q - s B A|| / ||W - Q||, with or without dividing the factors by s."""
-    found = decompose(weight, Quantizer(NF4, FP32), 16, scale)
+    found = decompose(weight, Quantizer(NF4, FP32), 16, scale, loftq())
     residual = weight - found.quantized.values
     factor = scale if divided else scale * scale
     return float((residual - factor * found.correction.start.b @ found.correction.start.a).norm() / residual.norm())
@@ -82,7 +91,7 @@ def test_m4_what_the_uncorrected_residual_would_give() -> None:
 @pytest.mark.parametrize("quantization", [NF4, FP4, INT8], ids=["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_m4_more_iterations_leave_less_error(quantization: FourBit | EightBit, dtype: torch.dtype) -> None:
-    errors = [decompose(gaussian(128, 128), Quantizer(quantization, dtype), 32, 2.0, iterations) for iterations in (1, 5)]
+    errors = [decompose(gaussian(128, 128), Quantizer(quantization, dtype), 32, 2.0, loftq(iterations)) for iterations in (1, 5)]
     assert errors[1].after < errors[0].after < errors[0].before
     assert errors[1].before == errors[0].before
 
@@ -104,7 +113,7 @@ def test_a_rank_above_the_matrix_is_filled_with_zeros() -> None:
 
 def test_the_randomized_svd_is_nearly_exact_seeded_and_leaves_the_global_state_alone() -> None:
     weight = gaussian(320, 512)
-    residual = weight - decompose(weight, Quantizer(NF4, FP32), 1, 1.0).quantized.values
+    residual = weight - decompose(weight, Quantizer(NF4, FP32), 1, 1.0, loftq()).quantized.values
     state = torch.get_rng_state()
     b, a = low_rank(residual, 16)
     assert torch.equal(torch.get_rng_state(), state)
@@ -124,7 +133,7 @@ def base_of(directory: Path, quantization: Any, dtype: torch.dtype = FP32) -> An
     return model.eval()
 
 
-def adapted(directory: Path, quantization: Any, iterations: int, **settings: Any) -> tuple[Any, LoftqReport]:
+def adapted(directory: Path, quantization: Any, iterations: int, **settings: Any) -> tuple[Any, StartReport]:
     torch.manual_seed(0)
     config = LoraConfig(task_type="CAUSAL_LM", **{"r": 16, "lora_alpha": 64, "target_modules": "all-linear", **settings})
     model = get_peft_model(base_of(directory, quantization), config).eval()
@@ -163,7 +172,8 @@ def test_doras_magnitude_goes_with_the_start(llama: Llama, iterations: int) -> N
 
 def test_embeddings_keep_their_start(llama: Llama) -> None:
     model, report = adapted(llama(tied=True), NF4, 2, target_modules=["q_proj", "embed_tokens"])
-    assert set(report.corrections) == {f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)}
+    with Corrections(report.directory) as corrections:
+        assert corrections.modules == {f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)}
     embedding = model.get_base_model().model.embed_tokens
     assert not embedding.get_delta_weight("default").any()
 
@@ -240,6 +250,63 @@ def test_what_cannot_be_done_is_refused(llama: Llama, tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="needs a quantized base"):
         restore_base(base_of(llama(), NoQuantization()), tmp_path, llama(), NoQuantization(), FP32)
     assert len(load_file(path)) == 14 * 4
+
+
+@pytest.mark.parametrize("quantization", [NF4, FourBit(method="nf4", double_quant=False), FP4, INT8], ids=["nf4", "single", "fp4", "int8"])
+def test_each_module_has_its_own_rank_and_scale(llama: Llama, quantization: Any) -> None:
+    patterns = {"rank_pattern": {"q_proj": 4, "layers.1.mlp.down_proj": 80}, "alpha_pattern": {"v_proj": 3}}
+    model, report = adapted(llama(), quantization, 2, **patterns)
+    with Corrections(report.directory) as corrections:
+        for name, rank, scale in (("self_attn.q_proj", 4, 16.0), ("mlp.down_proj", 80, 0.8), ("self_attn.v_proj", 16, 3 / 16)):
+            start = corrections.read(f"model.layers.1.{name}").start
+            assert (start.a.shape[0], start.b.shape[1], start.scale) == (rank, rank, pytest.approx(scale))
+    for name, layer in lora_layers(model).items():
+        with Weights.of_model(llama()) as weights:
+            original = weights.read(f"{name}.weight").float()
+        left = (original - dequantized(layer.get_base_layer()) - layer.get_delta_weight("default")).norm() / original.norm()
+        plain = (original - roundtrip(original, quantization, FP32)).norm() / original.norm()
+        assert left < 0.98 * plain, name
+
+
+def test_a_second_start_reads_the_factors_of_the_first(llama: Llama, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, report = adapted(llama(), NF4, 2)
+    assert report.directory.parent == own_cache / "loftq"
+    monkeypatch.setattr("finetune.model.loftq.low_rank", lambda *_args, **_options: pytest.fail("computed again"))
+    second, again = adapted(llama(), NF4, 2)
+    assert again == report
+    assert torch.equal(logits(first), logits(second))
+
+
+def test_the_key_of_the_cache_holds_all_that_the_factors_depend_on(llama: Llama, make_tiny_model: Callable[..., Path]) -> None:
+    seen = {adapted(llama(), NF4, 1)[1].directory}
+
+    def started(base: Path, quantization: Any, init: LoftqInit, dtype: torch.dtype = FP32, **settings: Any) -> None:
+        torch.manual_seed(0)
+        options = {"r": 16, "lora_alpha": 64, "target_modules": "all-linear", **settings}
+        model = get_peft_model(base_of(base, quantization, dtype), LoraConfig(task_type="CAUSAL_LM", **options))
+        directory = apply_loftq(model, base, Lora(method="lora", init=init), Quantizer(quantization, dtype)).directory
+        assert directory not in seen
+        seen.add(directory)
+
+    started(llama(), FP4, loftq())
+    started(llama(), INT8, loftq())
+    started(llama(), FourBit(method="nf4", double_quant=False), loftq())
+    started(llama(), NF4, loftq(2))
+    started(llama(), NF4, loftq(exact=True))
+    started(llama(), NF4, loftq(), torch.bfloat16)
+    started(llama(), NF4, loftq(), r=8)
+    started(llama(), NF4, loftq(), lora_alpha=32)
+    started(llama(), NF4, loftq(), use_rslora=True)
+    started(llama(), NF4, loftq(), target_modules=["q_proj"])
+    started(llama(), NF4, loftq(), alpha_pattern={"q_proj": 1})
+    started(llama(dtype=torch.bfloat16), NF4, loftq())
+    started(make_tiny_model(seed=5), NF4, loftq())
+
+
+def test_exact_is_never_worse_than_randomized() -> None:
+    weight = gaussian(320, 512)
+    found = [decompose(weight, Quantizer(NF4, FP32), 16, 2.0, loftq(exact=exact)) for exact in (True, False)]
+    assert found[0].after < found[1].after < 1.006 * found[0].after
 
 
 def test_progress_counts_modules(llama: Llama) -> None:
