@@ -64,7 +64,6 @@ FACTS: Mapping[type[Tuning], Facts] = {
 INITS_OF_PLAIN_BASES: Mapping[str, str] = {
     "pissa": "takes the largest directions out of the base",
     "olora": "takes directions out of the base",
-    "orthogonal": "is drawn in the type of the base's weights, which is an integer type there",
 }
 """`tuning.init.method` that needs an unquantized base -> why."""
 

@@ -133,12 +133,6 @@ CASES: list[tuple[str, dict[str, str], str, str]] = [
         "pissa",
     ),
     ("olora on int8", {"tuning": "{method: lora, init: {method: olora}}", "quantization": "{method: int8}"}, "the base is int8", "olora"),
-    (
-        "orthogonal on nf4",
-        {"tuning": "{method: lora, init: {method: orthogonal}}", "quantization": "{method: nf4}"},
-        "an integer type there",
-        "orthogonal",
-    ),
     ("pissa with DoRA", {"tuning": "{method: lora, dora: true, init: {method: pissa}}"}, "they do not compose", "pissa"),
     ("olora with DoRA", {"tuning": "{method: lora, dora: true, init: {method: olora}}"}, "they do not compose", "olora"),
     (
@@ -357,6 +351,7 @@ FINE = {
     "directory": {"model": "{id: ../models/llama-8b}"},
     "gpt2": {"model": "{id: gpt2}"},
     "every start on a plain base": {"tuning": "{method: lora, init: {method: pissa}}"},
+    "orthogonal on nf4": {"tuning": "{method: lora, init: {method: orthogonal}}", "quantization": "{method: nf4}"},
     "eva on nf4": {"tuning": "{method: lora, init: {method: eva, rows: 8}}", "quantization": "{method: nf4}"},
     "loftq with DoRA": {"tuning": "{method: lora, dora: true, init: {method: loftq, exact: true}}", "quantization": "{method: nf4}"},
     "patterns of ranks": {"tuning": "{method: lora, rank_pattern: {'layers[.]0[.]': 8}, alpha_pattern: {'q_proj': 8}}"},
