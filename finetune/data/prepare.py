@@ -1,130 +1,151 @@
-"""Everything between the configuration and token ids: sources, rendering, policies, the validation split, and counts of it all."""
+"""Everything between the configuration and token ids, done once: rows are read, rendered and checked as a stream, and what comes of them
+lies in the cache under a key over all that it depends on.
+
+    rows -> chunks of 1,000 -> tokens, checks (in several processes) -> rows.arrow -> split, copies, weights on row numbers -> index
+"""
 
 from __future__ import annotations
 
 import hashlib
-import random
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from finetune.config.schema import Data, Icd10cm, Source, ValidationSplit
-from finetune.data.formats import Record, parse
-from finetune.data.icd10cm import training_rows
-from finetune.data.render import Example, Renderer
-from finetune.data.sources import Row, read_rows
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from finetune.cache import cached
+from finetune.config.data import Data, ValidationSplit
+from finetune.data.arrange import Arranged, arrange
+from finetune.data.checks import findings
+from finetune.data.examples import Examples, Rows, Table, open_table
+from finetune.data.key import prepared_key, sources
+from finetune.data.near import SignatureFile
+from finetune.data.reading import Progress, read_all
+from finetune.data.render import Renderer
+from finetune.data.report import BINS, DataReport, SideReport, SourceReport
+from finetune.data.rows import Index, Tally, Worker
 from finetune.errors import DataError
+from finetune.runs import read_json, write_json
+
+_ROWS, _INDEX, _REPORT = "rows.arrow", "index.safetensors", "report.json"
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
     """What the run learns from and is validated on."""
 
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    counts: dict[str, int] = field(default_factory=dict)
-    """Rows read, dropped, truncated and duplicated; tokens and supervised tokens."""
+    train: Examples
+    validation: Examples
+    report: DataReport
+    fingerprint: str
+    """sha256 over every example in order: equal fingerprints train on the same tokens."""
 
     @property
-    def fingerprint(self) -> str:
-        """sha256 over every example in order: equal fingerprints train on the same tokens."""
-        digest = hashlib.sha256()
-        for example in (*self.train, *self.validation):
-            digest.update(example.content_hash().encode())
-        return digest.hexdigest()
+    def counts(self) -> dict[str, int]:
+        """Rows read, dropped, truncated and duplicated; tokens and supervised tokens."""
+        return self.report.counts
 
 
-def prepare(data: Data, renderer: Renderer, seed: int) -> PreparedData:
-    """Read, render and check all data; DataError at the first row that cannot be used."""
+def _unwatched(_stage: str, _done: int, _of: int) -> None:
+    """Nobody watches."""
+
+
+def prepare(data: Data, renderer: Renderer, seed: int, progress: Progress = _unwatched) -> PreparedData:
+    """All examples of ``data``, from the cache where they are there; DataError with the first 20 bad rows, and nothing is cached.
+
+    Several processes may ask at once: one works, the others wait and read. To free the disk, remove `prepared` in the cache directory.
+    """
     _refuse_validation_weights(data)
-    counts: Counter[str] = Counter()
-    by_source = [(source, list(_examples(source, data, renderer, counts))) for source in data.train]
-    _require_rows(by_source)
-    if isinstance(data.validation, ValidationSplit):
-        by_source, validation = _split(by_source, data.validation.fraction, seed)
-    else:
-        validation = [example for source in data.validation or () for example in _examples(source, data, renderer, counts)]
-    train = [example for source, examples in by_source for example in _weighted(source, examples, seed)]
-    _require(train, validation, data)
-    _refuse_overlap(train, validation)
-    counts["duplicate rows"] = len(train) - len({example.content_hash() for example in train})
-    for name, examples in (("training", train), ("validation", validation)):
-        counts[f"{name} rows"] = len(examples)
-        counts[f"{name} tokens"] = sum(len(example.ids) for example in examples)
-        counts[f"{name} supervised tokens"] = sum(example.supervised for example in examples)
-    return PreparedData(tuple(train), tuple(validation), dict(counts))
+    key = prepared_key(data, renderer, seed)
+    return _load(cached("prepared", key, lambda directory: _make(directory, Worker(data, renderer, seed), progress)))
 
 
-def _records(source: Source) -> Iterator[Record]:
-    if isinstance(source, Icd10cm):
-        yield from (parse(Row(row, f"{source.source} row {number}")) for number, row in enumerate(training_rows(source), start=1))
-    else:
-        yield from (parse(row, source.format) for row in read_rows(source.source))
+def _load(directory: Path) -> PreparedData:
+    arrays, stored = load_file(directory / _INDEX), read_json(directory / _REPORT)
+    table = open_table(directory / _ROWS)
+
+    def side(name: str) -> Examples:
+        rows = arrays[name]
+        return Examples(table, rows, arrays["length"][rows], arrays["supervised"][rows])
+
+    return PreparedData(side("train"), side("validation"), DataReport.from_dict(stored["report"]), stored["fingerprint"])
 
 
-def _examples(source: Source, data: Data, renderer: Renderer, counts: Counter[str]) -> Iterator[Example]:
-    for record in _records(source):
-        counts["rows read"] += 1
-        example = renderer.example(record, data.supervise)
-        if len(example.ids) > data.max_tokens:
-            shortened = _shorten(example, data, counts)
-            if shortened is None:
-                continue
-            example = shortened
-        yield example
+def _make(directory: Path, worker: Worker, progress: Progress) -> None:
+    """Fill the cache's new ``directory``."""
+    data = worker.data
+    scratch = directory / "scratch"
+    near = None if data.near_duplicates == "ignore" else SignatureFile(scratch)
+    try:
+        index, tallies = read_all(directory / _ROWS, worker, near, progress)
+        table = open_table(directory / _ROWS)
+        progress("comparing rows", 0, 0)
+        arranged = arrange(data, index, near, worker.seed, table.where)
+    finally:
+        if near is not None:
+            near.close()
+            shutil.rmtree(scratch, ignore_errors=True)
+    sides = {"train": arranged.train, "validation": arranged.validation}
+    save_file({**sides, "length": index.length, "supervised": index.supervised}, directory / _INDEX)
+    report = _report(data, index, tallies, arranged, table)
+    write_json(directory / _REPORT, {"fingerprint": _fingerprint(index, arranged), "report": report.as_dict()})
 
 
-def _shorten(example: Example, data: Data, counts: Counter[str]) -> Example | None:
-    if data.overlong == "error":
-        raise DataError(
-            f"the row has {len(example.ids)} tokens, data.max_tokens is {data.max_tokens}",
-            where=example.where,
-            fix="raise data.max_tokens, or choose data.overlong: drop | truncate",
-        )
-    if data.overlong == "drop":
-        counts["dropped: over-long"] += 1
-        return None
-    counts["truncated"] += 1
-    cut = Example(example.ids[: data.max_tokens], example.mask[: data.max_tokens], example.where)
-    if not cut.supervised:
-        raise DataError(
-            "truncation leaves no token that carries loss", where=example.where, fix="raise data.max_tokens, or choose data.overlong: drop"
-        )
-    return cut
+def _fingerprint(index: Index, arranged: Arranged) -> str:
+    digest = hashlib.sha256()
+    for rows in (arranged.train, arranged.validation):
+        digest.update(len(rows).to_bytes(8, "little"))
+        digest.update(index.content[rows].astype("<u8").tobytes())
+    return digest.hexdigest()
 
 
-_BySource = list[tuple[Source, list[Example]]]
+# --- the report ----------------------------------------------------------------------------------------------------------------------
 
 
-def _split(by_source: _BySource, fraction: float, seed: int) -> tuple[_BySource, list[Example]]:
-    """By content hash and before any repetition, so that equal rows land on one side (pitfall A15)."""
-    threshold = int(fraction * 2**64)
-    kept: _BySource = []
-    validation: dict[str, Example] = {}
-    for source, examples in by_source:
-        rest = []
-        for example in examples:
-            content = example.content_hash()
-            draw = int.from_bytes(hashlib.sha256(f"{seed}:{content}".encode()).digest()[:8], "big")
-            if draw < threshold:
-                validation.setdefault(content, example)
-            else:
-                rest.append(example)
-        kept.append((source, rest))
-    return kept, list(validation.values())
+def _report(data: Data, index: Index, tallies: list[Tally], arranged: Arranged, table: Table) -> DataReport:
+    kept = np.zeros_like(index.flags)
+    for rows in (arranged.train, arranged.validation):
+        kept[rows] = index.flags[rows]
+    return DataReport(
+        max_tokens=data.max_tokens,
+        sources=tuple(_source_report(data, number, index, tally) for number, tally in enumerate(tallies)),
+        train=_side_report(index, arranged.train, data.max_tokens),
+        validation=_side_report(index, arranged.validation, data.max_tokens),
+        findings=(*arranged.findings, *findings(kept, table.where)),
+        dropped=arranged.dropped,
+    )
 
 
-def _weighted(source: Source, examples: list[Example], seed: int) -> Iterable[Example]:
-    """Whole repetitions, then a seeded share without replacement; DataError where the weight rounds every row away."""
-    whole = int(source.weight)
-    share = round((source.weight - whole) * len(examples))
-    if examples and not whole and not share:
-        raise DataError(
-            f"the weight {source.weight:g} of {len(examples)} training row(s) rounds to no row",
-            where=source.source,
-            fix="raise its weight, or remove the source",
-        )
-    return [*(examples * whole), *random.Random(f"weight:{seed}").sample(examples, share)]
+def _source_report(data: Data, number: int, index: Index, tally: Tally) -> SourceReport:
+    source, mine = sources(data)[number], index.source == number
+    return SourceReport(
+        source=source.source,
+        side="training" if number < len(data.train) else "validation",
+        weight=source.weight,
+        examples=int(mine.sum()),
+        tokens=int(index.length[mine].sum(dtype=np.int64)),
+        supervised=int(index.supervised[mine].sum(dtype=np.int64)),
+        **asdict(tally),
+    )
+
+
+def _side_report(index: Index, rows: Rows, max_tokens: int) -> SideReport:
+    if not len(rows):
+        return SideReport()
+    lengths = index.length[rows]
+    shortest, median, p90, p99, longest = np.quantile(lengths, (0, 0.5, 0.9, 0.99, 1), method="lower").tolist()
+    return SideReport(
+        examples=len(rows),
+        tokens=int(lengths.sum(dtype=np.int64)),
+        supervised=int(index.supervised[rows].sum(dtype=np.int64)),
+        shortest=shortest,
+        median=median,
+        p90=p90,
+        p99=p99,
+        longest=longest,
+        histogram=tuple(np.histogram(lengths, bins=BINS, range=(0.5, max_tokens + 0.5))[0].tolist()),
+    )
 
 
 def _refuse_validation_weights(data: Data) -> None:
@@ -137,34 +158,4 @@ def _refuse_validation_weights(data: Data) -> None:
                 f"a validation source has the weight {source.weight:g}, but every validation row counts once",
                 where=source.source,
                 fix="remove weight from validation sources",
-            )
-
-
-def _require_rows(by_source: _BySource) -> None:
-    """Before the split, which may rightly draw all rows of a small source for validation."""
-    for source, examples in by_source:
-        if not examples:
-            raise DataError(
-                f"the training source gives no row (weight {source.weight:g}, 0 rows)",
-                where=source.source,
-                fix="check the file and data.overlong, or remove the source",
-            )
-
-
-def _require(train: list[Example], validation: list[Example], data: Data) -> None:
-    sources = ", ".join(source.source for source in data.train)
-    if not train:
-        raise DataError("no training row is left", where=sources, fix="check data.overlong, weights and the validation fraction")
-    if data.validation is not None and not validation:
-        raise DataError("no validation row was drawn", where=sources, fix="raise data.validation.fraction, or name validation sources")
-
-
-def _refuse_overlap(train: list[Example], validation: list[Example]) -> None:
-    known = {example.content_hash(): example.where for example in train}
-    for example in validation:
-        if (where := known.get(example.content_hash())) is not None:
-            raise DataError(
-                "a validation row is also a training row, so validation would measure memory",
-                where=f"{example.where} and {where}",
-                fix="remove it from one",
             )

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from finetune.config.schema import Config
+from finetune.config.schema import AdaLora, Config
 from finetune.data.batches import collate
 from finetune.data.prepare import PreparedData
 from finetune.errors import DivergedError, RunInterruptedError, VerificationError
+from finetune.model import adalora
 from finetune.model.adapters import trainable
 from finetune.model.head import target_losses
 from finetune.planning.steps import Steps
@@ -47,11 +48,9 @@ class Session:
     """Where rows go: metrics.jsonl and whoever watches."""
     save: Callable[[Progress], None]
     """Write a checkpoint."""
-    lengths: list[int] = field(init=False)
     parameters: dict[str, torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.lengths = [len(example.ids) for example in self.data.train]
         self.parameters = trainable(self.scorer.model)
 
 
@@ -83,7 +82,8 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
                 fix=f"finetune train {session.config.output}/config.yaml --resume",
             )
     if first == 0 and progress.step > 1:  # a resumed run may have only the schedule's last, tiny steps left
-        _require_change(start, _sums(session.parameters))
+        pruned = adalora.pruned_whole(session.scorer.model)
+        _require_change({name: sums for name, sums in start.items() if name not in pruned}, _sums(session.parameters))
     return progress
 
 
@@ -96,11 +96,12 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
     began = time.perf_counter()
     config, train, accelerator = session.config, session.data.train, session.accelerator
     indices = global_batch(len(train), config.train.batch_size, config.seed, step)
-    supervised = sum(sum(train[index].mask[1:]) for index in indices)
+    supervised = int(train.supervised[indices].sum())
     set_rates(session.optimizer, rate_factor(config.schedule, session.steps, step))
     session.scorer.model.train()
+    adaptive = isinstance(config.tuning, AdaLora)
     loss = torch.zeros((), device=session.scorer.device)
-    pieces = micro_batches(indices, session.lengths, session.scorer.max_tokens)
+    pieces = micro_batches(indices, train.lengths, session.scorer.max_tokens)
     for number, piece in share(pieces, accelerator.process_index, accelerator.num_processes):
         loss += _backward(session, piece, dropout_seed(config.seed, step, number), supervised)
     if check_gradients:
@@ -108,11 +109,15 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
     if accelerator.num_processes > 1:
         loss = accelerator.reduce(loss, "sum")
         _add_gradients(session)
+    if adaptive:
+        adalora.add_penalty(session.scorer.model)  # after the sum over devices: each adds the same once
     norm = torch.nn.utils.clip_grad_norm_(session.parameters.values(), config.train.max_grad_norm or math.inf)
     values = (float(loss), float(norm))
     if not all(math.isfinite(value) for value in values):
-        raise _diverged(step + 1, values, [train[index].where for index in indices])
+        raise _diverged(step + 1, values, [train.where(index) for index in indices])
     session.optimizer.step()
+    if adaptive:
+        adalora.update_ranks(session.scorer.model, step + 1)
     session.optimizer.zero_grad(set_to_none=True)
     return StepDone(
         step=step + 1,
@@ -120,7 +125,7 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
         loss=values[0],
         grad_norm=values[1],
         learning_rates={group.name: state["lr"] for group, state in zip(session.groups, session.optimizer.param_groups, strict=True)},
-        tokens=sum(session.lengths[index] for index in indices),
+        tokens=int(train.lengths[indices].sum()),
         supervised_tokens=supervised,
         seconds=time.perf_counter() - began,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,7 +159,7 @@ def test_early_stopping_takes_the_lowest_loss_whatever_its_patience_counts(
     config = make_config(
         tiny_model_dir, chat_file, epochs=50, evaluate={"every_steps": 1}, early_stopping={"patience": 4, "min_delta": 1000.0}
     )
-    session, _ = make_session(config, PreparedData(data.train, data.train[:4], data.counts))
+    session, _ = make_session(config, replace(data, validation=data.train[:4]))
     progress = fit(session, Progress(), StopRequest())
     assert progress.step == 5
     assert progress.best_step is not None
@@ -172,7 +173,7 @@ def test_early_stopping_stops(tiny_model_dir: Path, chat_file: Path, data: Prepa
     config = make_config(
         tiny_model_dir, chat_file, epochs=50, evaluate={"every_steps": 1}, early_stopping={"patience": 2, "min_delta": 1000.0}
     )
-    session, rows = make_session(config, PreparedData(data.train, data.train[:4], data.counts))
+    session, rows = make_session(config, replace(data, validation=data.train[:4]))
     progress = fit(session, Progress(), StopRequest())
     assert progress.stopped_early
     assert (progress.step, len(rows)) == (3, 3)

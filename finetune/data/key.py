@@ -1,0 +1,72 @@
+"""What prepared data depends on, as one hash: the same key means the same tokens (pitfall A9)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from finetune.config import data as data_section
+from finetune.config.data import Data, FileSource, HubSource, Icd10cm, Source, ValidationSplit
+from finetune.data.files import data_files
+from finetune.data.render import Renderer
+from finetune.errors import DataError, Problem
+from finetune.runs import sha256_of
+
+_LIBRARIES = ("datasets", "ftfy", "jinja2", "numpy", "pyarrow", "rensa", "tokenizers", "transformers")
+_WITHOUT_EFFECT = {"processes"}
+
+
+def sources(data: Data) -> tuple[Source, ...]:
+    """Those of training, then those of validation; their numbers are used everywhere."""
+    validation = () if data.validation is None or isinstance(data.validation, ValidationSplit) else data.validation
+    return (*data.train, *validation)
+
+
+def prepared_key(data: Data, renderer: Renderer, seed: int) -> str:
+    """Hexadecimal sha256 over bytes of data, tokenizer, template, options, seed and code; DataError for every file that is missing."""
+    problems: list[Problem] = []
+    contents = []
+    for source in sources(data):
+        try:
+            contents.append(_content(source))
+        except DataError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise DataError.from_problems(problems)
+    parts = {
+        "options": data.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
+        "contents": contents,
+        "tokenizer": renderer.tokenizer_hash,
+        "template": renderer.template_hash,
+        "seed": seed,
+        "code": code_hash(),
+        "libraries": {name: metadata.version(name) for name in _LIBRARIES},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _content(source: Source) -> Any:
+    """What stands behind a source's name. The names themselves are among the options: they are part of every row's place."""
+    match source:
+        case FileSource():
+            return [(str(path), sha256_of(path)) for path in data_files(source)]
+        case Icd10cm():
+            try:
+                return metadata.version("simple-icd-10-cm")
+            except metadata.PackageNotFoundError:
+                return "not installed"  # reading it says what to do
+        case HubSource():
+            return source.revision
+
+
+@cache
+def code_hash() -> str:
+    """sha256 over the source of this package and of its configuration."""
+    digest = hashlib.sha256()
+    for path in sorted([*Path(__file__).parent.glob("*.py"), Path(data_section.__file__)]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

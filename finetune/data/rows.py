@@ -1,0 +1,184 @@
+"""From a chunk of rows to columns of tokens: the work that is done in parallel, and no state that outlives a chunk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune.config.data import Data
+from finetune.data.checks import Flags, content, text_flags, token_flags
+from finetune.data.examples import Flat, Ints, Rows
+from finetune.data.formats import parse
+from finetune.data.near import Signatures, signatures
+from finetune.data.overlong import Piece, shorten
+from finetune.data.records import Record, Row, Text
+from finetune.data.render import Example, Renderer
+from finetune.errors import DataError, Problem
+
+PROBLEMS = 20
+"""Bad rows that are shown; more are only counted."""
+
+Words = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Neighbouring rows of one source."""
+
+    source: int
+    """Number of the source: those of data.train, then those of data.validation."""
+    first: int
+    """Number of the first row over all sources."""
+    items: Sequence[Row | DataError]
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What is known of every example without reading its tokens: about 40 bytes each."""
+
+    source: npt.NDArray[np.int16]  # (n,)
+    row: Rows  # (n,) number of the row it came from; pieces of a row share it
+    length: Ints  # (n,) tokens
+    supervised: Ints  # (n,) tokens that carry loss
+    content: Words  # (n, 2) the first 16 bytes of sha256 over ids and mask
+    draw: Words  # (n,) place in the draw for validation, from the seed and the content of the whole row
+    flags: Flags  # (n,) bits of `checks.Flag`
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Index]) -> Self:
+        """All ``parts`` (at least one) end to end."""
+        return cls(*(np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(cls)))
+
+
+@dataclass(slots=True)
+class Tally:
+    """Rows of one source by what became of them."""
+
+    rows: int = 0
+    over_long: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    split: int = 0
+
+    def add(self, other: Tally) -> None:
+        """Add the figures of ``other``."""
+        for column in fields(self):
+            setattr(self, column.name, getattr(self, column.name) + getattr(other, column.name))
+
+
+@dataclass(frozen=True, slots=True)
+class Worked:
+    """What a chunk became."""
+
+    source: int
+    batch: Any  # pyarrow.RecordBatch of examples.SCHEMA
+    index: Index
+    signatures: Signatures | None
+    tally: Tally
+    problems: tuple[Problem, ...]
+    """Of the first `PROBLEMS` bad rows."""
+    bad_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """Turns chunks into columns; picklable, so that every process has one."""
+
+    data: Data
+    renderer: Renderer
+    seed: int
+
+    def __call__(self, chunk: Chunk) -> Worked:
+        """Parse, render, shorten and check every row; rows that cannot be used become problems."""
+        tally, errors = Tally(rows=len(chunk.items)), {}
+        numbers: list[int] = []
+        records: list[Record] = []
+        for number, item in enumerate(chunk.items):
+            try:
+                records.append(self._parsed(item, chunk))
+                numbers.append(number)
+            except DataError as error:
+                errors[number] = error
+        pieces: list[_Placed] = []
+        for number, record, example in zip(numbers, records, self.renderer.examples(records, self.data.supervise), strict=True):
+            try:
+                pieces.extend(self._pieces(number + chunk.first, record, example, tally))
+            except DataError as error:
+                errors[number] = error
+        problems = [problem for number in sorted(errors)[:PROBLEMS] for problem in errors[number].problems]
+        return self._columns(chunk.source, pieces, tally, (tuple(problems), len(errors)))
+
+    def _parsed(self, item: Row | DataError, chunk: Chunk) -> Record:
+        if isinstance(item, DataError):
+            raise item
+        return parse(item, chunk.format, chunk.columns)
+
+    def _pieces(self, row: int, record: Record, example: Example | DataError, tally: Tally) -> list[_Placed]:
+        if isinstance(example, DataError):
+            raise example
+        if len(example.ids) <= self.data.max_tokens:
+            return [_Placed(row, Piece(example, record), record, example)]
+        pieces = shorten(record, example, self.data, self.renderer)
+        tally.over_long += 1
+        if not pieces:
+            tally.dropped += 1
+        elif not isinstance(record, Text) and self.data.overlong == "truncate":
+            tally.truncated += 1
+        else:
+            tally.split += 1
+        return [_Placed(row, piece, record if piece.record is None else piece.record, example) for piece in pieces]
+
+    def _columns(self, source: int, placed: list[_Placed], tally: Tally, problems: tuple[tuple[Problem, ...], int]) -> Worked:
+        flat = Flat.of([each.piece.example for each in placed])
+        digests = _digests(flat)
+        # a row that was cut is drawn as a whole, so that its pieces land on one side
+        wholes = [
+            digest if each.whole is each.piece.example else _digests(Flat.of([each.whole]))[0]
+            for each, digest in zip(placed, digests, strict=True)
+        ]
+        texts = [0 if each.piece.record is None else text_flags(content(each.piece.record)) for each in placed]
+        index = Index(
+            source=np.full(len(placed), source, np.int16),
+            row=np.array([each.row for each in placed], np.int64),
+            length=np.diff(flat.offsets),
+            supervised=flat.supervised(),
+            content=np.frombuffer(b"".join([digest[:16] for digest in digests]), "<u8").reshape(-1, 2),
+            draw=_draws(wholes, self.seed),
+            flags=token_flags(flat) | np.array(texts, np.uint8),
+        )
+        compared = None if self.data.near_duplicates == "ignore" else signatures([each.record for each in placed])
+        batch = flat.record_batch([each.piece.example.where for each in placed])
+        return Worked(source, batch, index, compared, tally, *problems)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A piece, the row it came from, the record that is compared for it, and the row's whole example."""
+
+    row: int
+    piece: Piece
+    record: Record
+    whole: Example
+
+
+def _digests(flat: Flat) -> list[bytes]:
+    """sha256 over ids and mask of each example, as `Example.content_hash` has it."""
+    ids, mask = flat.ids.astype("<i4").tobytes(), flat.mask.tobytes()
+    return [hashlib.sha256(ids[4 * left : 4 * right] + mask[left:right]).digest() for left, right in pairwise(flat.offsets.tolist())]
+
+
+def _draws(digests: Sequence[bytes], seed: int) -> Words:
+    """A number below 2**64 for each row, uniform over contents and fixed by the seed."""
+    drawn = [hashlib.sha256(f"{seed}:{digest.hex()}".encode()).digest()[:8] for digest in digests]
+    return np.frombuffer(b"".join(drawn), ">u8").astype(np.uint64)
