@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from finetune.data.formats import Conversation, Message
 from finetune.data.render import Example, Renderer
 from finetune.model.head import backbone, causal_model, has_plain_head, hidden_losses
+from finetune.model.virtual import virtual_tokens
 from finetune.scoring import Scorer
 
 Scores = list[tuple[float, int]]
@@ -71,7 +72,8 @@ class _Tokens:
 def judge(scorer: Scorer, renderer: Renderer, items: Sequence[Item], advance: Callable[[int], None] = lambda _: None) -> list[Judged]:
     """Score every choice of every item as an assistant turn after its prompt."""
     examples = [[_example(renderer, item, choice) for choice in item.choices] for item in items]
-    if has_plain_head(causal_model(scorer.model)):
+    # virtual tokens have no place in a cache that several candidates share
+    if has_plain_head(causal_model(scorer.model)) and not virtual_tokens(scorer.model):
         scores = _shared(scorer, [_tokens(candidates) for candidates in examples], advance)
     else:
         scores = _separate(scorer, examples, advance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import GenerationConfig
 from finetune.data.formats import Message
 from finetune.data.render import Renderer
 from finetune.model.head import causal_model
+from finetune.model.virtual import virtual_tokens
 from finetune.scoring import Scorer
 
 _BATCH = 64
@@ -31,12 +33,18 @@ def answer(
     ids = [renderer.prompt(prompt) for prompt in prompts]
     answers = [""] * len(ids)
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-    for start in range(0, len(order), _BATCH):
-        chosen = order[start : start + _BATCH]
+    for chosen in _batches(order, ids, alike=bool(virtual_tokens(scorer.model))):
         for index, text in zip(chosen, _continue(scorer, renderer, [ids[index] for index in chosen], max_tokens), strict=True):
             answers[index] = text
         advance(len(chosen))
     return answers
+
+
+def _batches(order: Sequence[int], ids: Sequence[tuple[int, ...]], *, alike: bool) -> Iterator[list[int]]:
+    """``order`` in batches; ``alike``: of prompts of one length, since padding would stand between virtual tokens and the prompt."""
+    for _, group in groupby(order, key=lambda index: len(ids[index]) if alike else 0):
+        members = list(group)
+        yield from (members[start : start + _BATCH] for start in range(0, len(members), _BATCH))
 
 
 def _continue(scorer: Scorer, renderer: Renderer, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.config.schema import Config, Full
+from finetune.config.schema import Config, Full, Houlsby, Prefix, Prompt
 from finetune.errors import ConfigError
 from finetune.finished import load_run
 from finetune.merging.fold import Base, MergeSource
 from finetune.merging.merge import MergeOptions, MergeReport, merge
+from finetune.model.tokens import token_ids
 from finetune.runs import RunDirectory, write_json
 
 _ROWS = 256
@@ -19,10 +20,37 @@ def merge_run(run: RunDirectory, config: Config, destination: Path, *, base: Bas
     """Merge ``run`` into ``destination`` and keep the record in the run's `merge.json`. Errors are those of `merge`."""
     if isinstance(config.tuning, Full):
         raise ConfigError("full tuning leaves a whole model: there is nothing to merge", where=str(run.path), fix=f"use {run.model}")
+    _require_mergeable(run, config)
     finished = load_run(run, config)
     source = MergeSource(
-        finished.base, finished.directory, config.quantization, finished.dtype, base=base, loftq=finished.loftq, device=finished.device.type
+        finished.base,
+        finished.directory,
+        config.quantization,
+        finished.dtype,
+        base=base,
+        loftq=finished.loftq,
+        new_ids=token_ids(finished.renderer.tokenizer, config.model.new_tokens),
+        device=finished.device.type,
     )
     report = merge(finished.model, source, destination, finished.rows[:_ROWS], options)
     write_json(run.path / "merge.json", {"destination": str(report.destination), **report.as_json()})
     return report
+
+
+def _require_mergeable(run: RunDirectory, config: Config) -> None:
+    """ConfigError for methods whose parameters are no change of a weight of the base."""
+    match config.tuning:
+        case Prompt():
+            why = "its virtual tokens stand before the input and are no weights of the base"
+        case Prefix():
+            why = "its keys and values belong to tokens that no input has"
+        case Houlsby():
+            why = "its bottleneck layers are not linear, so that no weight of the base can take them in"
+        case _:
+            return
+    loader = "finetune.model.adapters.load" if isinstance(config.tuning, Houlsby) else "peft.PeftModel.from_pretrained"
+    raise ConfigError(
+        f"{config.tuning.method} cannot be merged: {why}",
+        where=str(run.path),
+        fix=f"serve the base with the adapter: load {run.adapter} with {loader}",
+    )

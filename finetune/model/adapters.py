@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from safetensors.torch import load_file
 
@@ -48,6 +49,8 @@ def attach(model: Any, tuning: Tuning, given: Given | None = None) -> Any:
     for parameter in trained.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(given.dtype)
+    if isinstance(trained, PeftModel):
+        _settle(trained)
     return trained
 
 
@@ -81,18 +84,25 @@ def _with_peft(model: Any, tuning: Peft, given: Given) -> Any:
     begin(trained, tuning)
     if isinstance(tuning, TiedLora):
         tie(trained, tuning)
-    _settle(trained)
     return trained
 
 
 def _settle(model: Any) -> None:
-    """Let fp32 parts of ``model`` (PEFT's) work in a base of another type, without autocast too."""
+    """Let the parts of ``model`` (PEFT's) work together where their types differ, without autocast too."""
     base = model.get_base_model()
+    for projection in (getattr(model.base_model, "vera_A", None), getattr(model.base_model, "vera_B", None)):
+        if projection is not None:  # VeRA multiplies them by the input in the type of its vectors
+            vector = next(parameter for name, parameter in model.named_parameters() if ".vera_lambda_" in name)
+            projection["default"] = projection["default"].to(vector.dtype)
     accept_wide_inputs(base.get_output_embeddings())
     for module in base.modules():
-        if isinstance(module, LNTuningLayer):
-            # an fp32 scale makes fp32 hidden states, which the next layer of a bf16 base could not multiply
-            module.register_forward_hook(lambda _module, inputs, output: output.to(inputs[0].dtype))
+        if isinstance(module, LNTuningLayer | IA3Layer):
+            module.register_forward_hook(_as_input)
+
+
+def _as_input(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    """An fp32 scale makes fp32 states, which the next layer of a bf16 base can multiply under autocast alone."""
+    return output if torch.is_autocast_enabled(output.device.type) else output.to(inputs[0].dtype)
 
 
 @contextmanager
@@ -150,9 +160,11 @@ def load(base: Any, directory: Path, *, is_trainable: bool = False) -> Any:
         raise VerificationError(
             f"cannot load the adapter: {error}", where=str(directory), fix="name the adapter of the same base model"
         ) from error
+    if not is_trainable:
+        model.requires_grad_(False)
     _restore_precision(model, load_file(directory / WEIGHTS))
-    _require_equal(model, directory)
     _settle(model)
+    _require_equal(model, directory)
     return model
 
 
@@ -226,7 +238,11 @@ def is_adapter(model: torch.nn.Module) -> bool:
     return isinstance(model, PeftModel) or bool(parts.parts(model))
 
 
-def switched_off(model: Any) -> AbstractContextManager[None]:
+@contextmanager
+def switched_off(model: Any) -> Iterator[None]:
     """Inside the block ``model`` computes what its base does, whatever its adapter is."""
-    context: AbstractContextManager[None] = model.disable_adapter() if isinstance(model, PeftModel) else parts.switched_off(model)
-    return context
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with model.disable_adapter() if isinstance(model, PeftModel) else parts.switched_off(model):
+        yield
+    for parameter, flag in trained:  # PEFT's switches set it as a side effect
+        parameter.requires_grad_(flag)

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from finetune.errors import VerificationError
+from finetune.model.adapters import switched_off
 from finetune.model.correction import FILE, Corrections, Factors
 from finetune.model.quantize import dequantized, is_quantized
 
@@ -26,12 +27,12 @@ _SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 @contextmanager
 def before_training(model: Any, adapter_dir: Path, *, loftq: bool) -> Iterator[None]:
-    """Inside the block, the PEFT ``model`` computes what it did before its first step; afterwards it is as it was.
+    """Inside the block, ``model`` computes what it did before its first step; afterwards it is as it was.
 
     ``loftq``: the run's `tuning.init` was LoftQ, so that ``adapter_dir`` holds the start.
     """
     if not loftq:
-        with model.disable_adapter():
+        with switched_off(model):
             yield
         return
     layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, _SWITCHED)}

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import DivergedError, VerificationError
-from finetune.model.adapters import WEIGHTS, is_adapter, save, trainable
+from finetune.model import adalora
+from finetune.model.adapters import is_adapter, read_into, save, trainable
 from finetune.runs import RunDirectory, read_json, sealed_directory, verify, write_json
 
 OPTIMIZER = "optimizer.safetensors"
@@ -56,7 +56,12 @@ def save_checkpoint(run: RunDirectory, run_id: str, model: Any, optimizer: torch
         save(model, directory)
         tensors, scalars = optimizer_state(optimizer, trainable(model))
         save_file(tensors, directory / OPTIMIZER)
-        write_json(directory / STATE, {"run_id": run_id, "progress": asdict(progress), "optimizer": scalars})
+        state: dict[str, Any] = {"run_id": run_id, "progress": asdict(progress), "optimizer": scalars}
+        if adalora.is_adalora(model):
+            importance, kept = adalora.rank_state(model)
+            save_file(importance, directory / adalora.FILE)
+            state["kept_ranks"] = kept
+        write_json(directory / STATE, state)
     return destination
 
 
@@ -68,19 +73,19 @@ def load_checkpoint(directory: Path, run_id: str, model: Any, optimizer: torch.o
         raise VerificationError("the checkpoint belongs to another run", where=str(directory), fix="remove it from this run directory")
     load_weights(directory, model)
     load_optimizer_state(optimizer, trainable(model), load_file(directory / OPTIMIZER), state["optimizer"])
+    if adalora.is_adalora(model):
+        adalora.load_rank_state(model, load_file(directory / adalora.FILE), state["kept_ranks"])
     return Progress(**state["progress"])
 
 
 def load_weights(directory: Path, model: Any) -> None:
     """Put the trained weights of a checkpoint into ``model``; VerificationError where one is left over or missing."""
     if is_adapter(model):
-        result = set_peft_model_state_dict(model, load_file(directory / WEIGHTS))
-        unexpected = list(result.unexpected_keys)
-    else:
-        weights = {name: tensor for path in sorted(directory.glob("model*.safetensors")) for name, tensor in load_file(path).items()}
-        unexpected = list(model.load_state_dict(weights, strict=False).unexpected_keys)
-        missing = set(trainable(model)) - set(weights)
-        unexpected += sorted(missing)
+        read_into(model, directory)
+        return
+    weights = {name: tensor for path in sorted(directory.glob("model*.safetensors")) for name, tensor in load_file(path).items()}
+    unexpected = list(model.load_state_dict(weights, strict=False).unexpected_keys)
+    unexpected += sorted(set(trainable(model)) - set(weights))
     if unexpected:
         raise VerificationError(
             f"the checkpoint does not fit the model: {unexpected[0]}", where=str(directory), fix="resume with the same configuration"
