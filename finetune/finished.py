@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finetune.config.schema import Config, LoftqInit, Lora, NoQuantization
+from finetune.config.schema import Config, Full, LoftqInit, Lora, NoQuantization
 from finetune.data.render import Example, Renderer
 from finetune.data.stored import load_rows
 from finetune.errors import ConfigError, VerificationError
@@ -20,6 +20,7 @@ from finetune.model.builtin import fingerprint, resolve_model
 from finetune.model.load import load_base, load_tokenizer, storage_dtype
 from finetune.model.loftq import restore_base
 from finetune.model.start import before_training
+from finetune.model.tokens import enlarge, token_ids
 from finetune.planning.resolve import Resolved, resolve
 from finetune.runs import RunDirectory, read_json, sha256_of
 from finetune.scoring import Scorer
@@ -59,9 +60,9 @@ class FinishedRun:
 
     def untrained(self) -> tuple[Any, Callable[[], AbstractContextManager[object]]]:
         """The model before its first step, as (model, context to use it in): the tuned one with its adapter set back, or a second copy."""
-        if isinstance(self.config.tuning, Lora):
+        if not isinstance(self.config.tuning, Full):
             return self.model, lambda: before_training(self.model, self.directory, loftq=self.loftq)
-        return load_base(self.base, self.config.quantization, self.dtype, self.device), nullcontext
+        return _untuned(self.config, self.base, self.dtype, self.device, self.renderer), nullcontext
 
 
 def load_run(run: RunDirectory, config: Config) -> FinishedRun:
@@ -85,14 +86,20 @@ def load_run(run: RunDirectory, config: Config) -> FinishedRun:
     rows, has_validation = load_rows(run.rows)
     resolved = resolve(config, detect()).pinned(**records["computed_in"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _tuned(config, directory, base, storage_dtype(config.quantization, resolved), device)
-    return FinishedRun(config, directory, base, model, Renderer(load_tokenizer(directory)), rows, has_validation, resolved, device)
+    renderer = Renderer(load_tokenizer(directory))  # with the tokens that were added
+    dtype = storage_dtype(config.quantization, resolved)
+    if isinstance(config.tuning, Full):
+        model = load_base(directory, NoQuantization(), torch.float32, device)  # as it was trained and stored
+    else:
+        model = _untuned(config, base, dtype, device, renderer)
+        if isinstance(config.tuning, Lora) and isinstance(config.tuning.init, LoftqInit):
+            restore_base(model, directory, base, config.quantization, dtype)
+        model = load(model, directory).eval()
+    return FinishedRun(config, directory, base, model, renderer, rows, has_validation, resolved, device)
 
 
-def _tuned(config: Config, directory: Path, base: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    if not isinstance(config.tuning, Lora):
-        return load_base(directory, NoQuantization(), torch.float32, device)  # as it was trained and stored
+def _untuned(config: Config, base: Path, dtype: torch.dtype, device: torch.device, renderer: Renderer) -> Any:
+    """The base as the run loaded it, with rows for the tokens that were added."""
     model = load_base(base, config.quantization, dtype, device)
-    if isinstance(config.tuning.init, LoftqInit):
-        restore_base(model, directory, base, config.quantization, dtype)
-    return load(model, directory).eval()
+    enlarge(model, token_ids(renderer.tokenizer, config.model.new_tokens))
+    return model

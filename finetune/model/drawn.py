@@ -101,7 +101,8 @@ class _Directions:
     def of(self, name: str) -> Tensor:
         """Orthonormal rows (k, d_in), main direction first."""
         sketch = self._sketches[self._leaders[name]]
-        return sketch / sketch.norm(dim=1, keepdim=True).clamp_min(torch.finfo(sketch.dtype).tiny)
+        unit: Tensor = sketch / sketch.norm(dim=1, keepdim=True).clamp_min(torch.finfo(sketch.dtype).tiny)
+        return unit
 
 
 def _completed(rows: Tensor, rank: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from finetune.config.schema import Quantization
 from finetune.errors import ConfigError, HardwareError, VerificationError
 from finetune.model.quantize import bnb_config, disable_cpu_repacking
+from finetune.model.tokens import add_tokens
 from finetune.planning.resolve import Resolved
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -24,14 +25,16 @@ def storage_dtype(quantization: Quantization, resolved: Resolved) -> torch.dtype
     return DTYPES[resolved.precision.value if quantization.method == "none" else resolved.compute_dtype.value]
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of ``directory``, never running code from it."""
+def load_tokenizer(directory: Path, new_tokens: Sequence[str] = ()) -> Any:
+    """The tokenizer of ``directory``, never running code from it, with ``new_tokens`` added (`finetune.model.tokens`)."""
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"cannot load the tokenizer: {error}", where=str(directory), fix="name a model whose tokenizer transformers knows"
         ) from error
+    add_tokens(tokenizer, new_tokens)
+    return tokenizer
 
 
 def load_base(directory: Path, quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Any:

@@ -23,15 +23,10 @@ _PEFT_INIT: dict[str, bool | str] = {"gaussian": "gaussian"}
 
 @dataclass(frozen=True, slots=True)
 class Strength:
-    """Rank and alpha of the adapter of one module."""
+    """Rank and alpha of the adapter of one module: h = Wx + s BAx with s = alpha/r (2106.09685), or alpha/sqrt(r) (2312.03732)."""
 
     rank: int
     alpha: float
-
-
-def scale_of(tuning: Lora) -> float:
-    """s in h = Wx + s BAx: alpha/r (2106.09685), or alpha/sqrt(r) for rsLoRA (2312.03732); of modules without a pattern."""
-    return tuning.alpha / (tuning.rank**0.5 if tuning.scaling == "rslora" else tuning.rank)
 
 
 def strengths(names: Iterable[str], tuning: Lora) -> dict[str, Strength]:
@@ -131,9 +126,8 @@ def _require_even(modules: Mapping[str, Strength]) -> None:
     odd = {name: one.rank for name, one in modules.items() if one.rank % 2}
     if odd:
         name, rank = next(iter(odd.items()))
-        raise ConfigError(
-            f"orthogonal initialization needs an even rank, and {name} has {rank}", where="tuning.rank", fix=f"use {rank + 1}"
-        )
+        what = f"orthogonal initialization needs an even rank, and {name} has {rank}"
+        raise ConfigError(what, where="tuning.rank", fix=f"use {rank + 1}")
 
 
 def lora_layers(model: Any) -> dict[str, Any]:

@@ -117,9 +117,8 @@ def restore_moved(model: Any, directory: Path) -> None:
     layers = _plain_layers(model)
     with Corrections(directory, MOVED) as corrections:
         if corrections.modules != set(layers):
-            raise VerificationError(
-                "the start is not of this model's targets", where=str(directory / MOVED), fix="resume with the run's config"
-            )
+            what = "the start is not of this model's targets"
+            raise VerificationError(what, where=str(directory / MOVED), fix="resume with the run's config")
         for name, layer in layers.items():
             weight = layer.get_base_layer().weight
             weight.copy_(corrections.read(name).start.added_to(weight, -1.0))
@@ -135,9 +134,8 @@ def save_plain(model: Any, start_dir: Path, directory: Path) -> None:
     Everything else that the adapter holds (LoRA on embeddings, magnitudes, whole copies) is written as it is. What was written is read
     back (pitfall B9).
     """
-    tensors = {
-        key: tensor.detach().cpu().contiguous() for key, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     modules = _embedding_strengths(model)
     with Corrections(start_dir, MOVED) as corrections:
         for name, layer in lora_layers(model).items():
@@ -152,9 +150,8 @@ def save_plain(model: Any, start_dir: Path, directory: Path) -> None:
     stored = load_file(directory / WEIGHTS)
     wrong = sorted(key for key in tensors.keys() | stored.keys() if key not in stored or not torch.equal(stored[key], tensors[key]))
     if wrong:
-        raise VerificationError(
-            f"the adapter tensor {wrong[0]} differs from the file", where=str(directory / WEIGHTS), fix="check the disk"
-        )
+        what = f"the adapter tensor {wrong[0]} differs from the file"
+        raise VerificationError(what, where=str(directory / WEIGHTS), fix="check the disk")
 
 
 def difference(trained: Factors, start: Factors) -> Factors:

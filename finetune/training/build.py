@@ -1,19 +1,42 @@
-"""The trainable model of a run: quantized base, adapter, initialization."""
+"""The trainable model of a run: quantized base, rows for new tokens, adapter, start."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune.config.schema import Config, EightBit, FourBit, LoftqInit, Lora
-from finetune.model.adapters import attach
+from finetune.config.schema import Config, EightBit, EvaInit, FourBit, LoftqInit, Lora, OloraInit, OrthogonalInit, PissaInit
+from finetune.data.batches import collate, cut
+from finetune.data.render import Example
+from finetune.model.adapters import attach, name_base
 from finetune.model.builtin import public_name
-from finetune.model.load import load_base, storage_dtype
-from finetune.model.loftq import LoftqReport, Quantizer, apply_loftq, restore_base
+from finetune.model.computed_start import StartReport
+from finetune.model.drawn import apply_eva, draw_orthogonal
+from finetune.model.load import DTYPES, load_base, storage_dtype
+from finetune.model.loftq import Quantizer, apply_loftq, restore_base
+from finetune.model.methods import Given
+from finetune.model.pissa import apply_moved, restore_moved
+from finetune.model.spectrum import ratios_for
+from finetune.model.tokens import enlarge
 from finetune.planning.resolve import Resolved
+from finetune.scoring import Scorer
+
+
+@dataclass(frozen=True, slots=True)
+class Materials:
+    """What a model is built from, besides the configuration."""
+
+    base: Path
+    """Directory of the base model."""
+    resolved: Resolved
+    new_ids: Sequence[int]
+    """Ids of `model.new_tokens`."""
+    rows: Sequence[Example]
+    """Training rows, which EVA's start looks at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,38 +44,82 @@ class Built:
     """A model that is ready to train."""
 
     model: Any
-    loftq: LoftqReport | None
-    """What LoftQ did, where it initialized the adapter."""
+    start: StartReport | None
+    """Where the adapter's start was computed from the weights: its factors, which the run keeps."""
+    method: str
+    """`tuning.init.method`."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should see of how the model was built."""
-        if self.loftq is None:
+        if self.start is None:
             return ()
-        layers = (f"{kind} {error.before:.3f} -> {error.after:.3f}" for kind, error in self.loftq.layers.items())
-        return (f"LoftQ, relative quantization error: {', '.join(layers)}",)
+        if self.method == "loftq":
+            layers = (f"{kind} {error.before:.3f} -> {error.after:.3f}" for kind, error in self.start.layers.items())
+            return (f"LoftQ, relative quantization error: {', '.join(layers)}",)
+        layers = (f"{kind} {error.after:.3f}" for kind, error in self.start.layers.items())
+        return (f"{self.method}, share of the weight's norm that stays in the base: {', '.join(layers)}",)
 
 
-def build_model(config: Config, base: Path, resolved: Resolved, device: torch.device, resumed: Path | None = None) -> Built:
+def build_model(config: Config, materials: Materials, device: torch.device, resumed: Path | None = None) -> Built:
     """Load the base of ``config`` onto ``device`` and make it trainable; seed first.
 
     ``resumed`` is the run directory whose base is to be rebuilt instead of initialized anew.
     """
+    base, resolved = materials.base, materials.resolved
     dtype = storage_dtype(config.quantization, resolved)
-    model = attach(load_base(base, config.quantization, dtype, device), config.tuning)
-    if isinstance(config.tuning, Lora):
-        # what others load the adapter onto; a path of this machine would mean nothing to them
-        model.peft_config["default"].base_model_name_or_path = public_name(config.model.id)
+    plain = load_base(base, config.quantization, dtype, device)
+    enlarge(plain, materials.new_ids)
+    ratios = ratios_for(config.tuning, base)
+    given = Given(seed=config.seed, dtype=DTYPES[config.train.trainable_dtype], ratios=ratios, new_ids=materials.new_ids)
+    model = attach(plain, config.tuning, given)
+    # what others load the adapter onto; a path of this machine would mean nothing to them
+    name_base(model, public_name(config.model.id))
     if resolved.gradient_checkpointing.value:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Built(model, _initialize(model, config, base, dtype, resumed))
-
-
-def _initialize(model: Any, config: Config, base: Path, dtype: torch.dtype, resumed: Path | None) -> LoftqReport | None:
-    if not isinstance(config.tuning, Lora) or not isinstance(config.tuning.init, LoftqInit):
-        return None
+    if not isinstance(config.tuning, Lora):
+        return Built(model, None, "default")
+    method = config.tuning.init.method
     if resumed is not None:
-        restore_base(model, resumed, base, config.quantization, dtype)
-        return None
-    assert isinstance(config.quantization, FourBit | EightBit), "config/checks.py refuses LoftQ on an unquantized base"
-    return apply_loftq(model, base, config.tuning, Quantizer(config.quantization, dtype))
+        _restore(model, config, materials, resumed)
+        return Built(model, None, method)
+    return Built(model, _start(model, config, materials, device), method)
+
+
+def _start(model: Any, config: Config, materials: Materials, device: torch.device) -> StartReport | None:
+    """Write the start of `tuning.init` over the one that PEFT drew, where it is another."""
+    assert isinstance(config.tuning, Lora)
+    match config.tuning.init:
+        case LoftqInit():
+            assert isinstance(config.quantization, FourBit | EightBit), "config/checks.py refuses LoftQ on an unquantized base"
+            dtype = storage_dtype(config.quantization, materials.resolved)
+            return apply_loftq(model, materials.base, config.tuning, Quantizer(config.quantization, dtype))
+        case PissaInit() | OloraInit() as init:
+            return apply_moved(model, materials.base, init)
+        case EvaInit() as init:
+            _eva(model, init, config.seed, materials, device)
+        case OrthogonalInit():
+            draw_orthogonal(model)
+    return None
+
+
+def _restore(model: Any, config: Config, materials: Materials, run: Path) -> None:
+    """Give ``model`` the base that the run's checkpoints belong to."""
+    assert isinstance(config.tuning, Lora)
+    match config.tuning.init:
+        case LoftqInit():
+            dtype = storage_dtype(config.quantization, materials.resolved)
+            restore_base(model, run, materials.base, config.quantization, dtype)
+        case PissaInit() | OloraInit():
+            restore_moved(model, run)
+
+
+def _eva(model: Any, init: EvaInit, seed: int, materials: Materials, device: torch.device) -> None:
+    """Let EVA look at `rows` training rows, drawn by ``seed`` and cut into micro-batches, in the precision of the run."""
+    order = torch.randperm(len(materials.rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = [materials.rows[index] for index in sorted(order[: init.rows])]
+    resolved = materials.resolved
+    scorer = Scorer(model, device, resolved.precision.value, resolved.tokens_per_device.value)
+    batches = (collate([rows[index] for index in piece]).to(device) for piece in cut([len(row.ids) for row in rows], scorer.max_tokens))
+    with scorer.autocast():
+        apply_eva(model, ((batch.ids, batch.attention) for batch in batches))

@@ -10,6 +10,8 @@ from finetune.config.schema import Config, Full
 from finetune.model.adapters import save
 from finetune.model.builtin import public_name
 from finetune.model.correction import FILE as LOFTQ_FILE
+from finetune.model.correction import MOVED
+from finetune.model.pissa import save_plain
 from finetune.runs import RunDirectory, sealed_directory, write_json, write_text
 from finetune.training.checkpoints import Progress, load_weights
 
@@ -23,7 +25,10 @@ def export(run: RunDirectory, config: Config, tokenizer: Any, model: Any, progre
     destination = run.model if isinstance(config.tuning, Full) else run.adapter
     with sealed_directory(destination) as directory:
         model.config.use_cache = True  # off while training; the result is for inference
-        save(model, directory)
+        if (run.path / MOVED).is_file():
+            save_plain(model, run.path, directory)
+        else:
+            save(model, directory)
         tokenizer.save_pretrained(directory)
         if (run.path / LOFTQ_FILE).is_file():
             shutil.copyfile(run.path / LOFTQ_FILE, directory / LOFTQ_FILE)

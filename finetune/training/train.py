@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -14,26 +15,38 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from finetune.config.dump import dump_config
-from finetune.config.schema import Config
+from finetune.config.schema import AdaLora, Config
 from finetune.data.prepare import PreparedData, prepare
 from finetune.data.render import Renderer
 from finetune.data.stored import save_rows
 from finetune.errors import ConfigError, HardwareError, VerificationError
 from finetune.hardware import detect, environment
+from finetune.model.adalora import plan_ranks
 from finetune.model.adapters import count_parameters, trainable
 from finetune.model.builtin import fingerprint, resolve_model
 from finetune.model.load import load_tokenizer, require_vocabulary
-from finetune.model.loftq import save_base_correction
+from finetune.model.tokens import token_ids
 from finetune.planning.resolve import Resolved, resolve
 from finetune.planning.steps import Steps, count_steps
 from finetune.runs import RunDirectory, create_run, locked, open_run, read_json, require_free, sha256_of, sweep, write_json, write_text
 from finetune.scoring import Scorer
-from finetune.training.build import Built, build_model
+from finetune.training.build import Built, Materials, build_model
 from finetune.training.checkpoints import Progress, load_checkpoint, rotate, save_checkpoint
 from finetune.training.export import export
 from finetune.training.groups import ParameterGroup, assign_groups
 from finetune.training.loop import Session, fit
-from finetune.training.metrics import AlreadyFinished, CheckpointSaved, Evaluated, Event, MetricsFile, Observer, Started, StepDone, ignore
+from finetune.training.metrics import (
+    AlreadyFinished,
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    MetricsFile,
+    Observer,
+    Preparing,
+    Started,
+    StepDone,
+    ignore,
+)
 from finetune.training.optimizer import build_optimizer
 from finetune.training.resume import identity, require_same
 from finetune.training.signals import StopRequest, stop_on_signals
@@ -52,11 +65,14 @@ class Inputs:
     steps: Steps
 
 
-def gather(config: Config) -> Inputs:
-    """Find the model, prepare the data and decide every "auto"; nothing is written."""
+def gather(config: Config, progress: Callable[[str, int, int], None] = lambda *_: None) -> Inputs:
+    """Find the model, prepare the data and decide every "auto"; nothing is written but the cache of prepared data.
+
+    ``progress(stage, done, of)`` follows the preparation.
+    """
     base = resolve_model(config.model.id, config.model.revision)
-    renderer = Renderer(load_tokenizer(base))
-    data = prepare(config.data, renderer, config.seed)
+    renderer = Renderer(load_tokenizer(base, config.model.new_tokens))
+    data = prepare(config.data, renderer, config.seed, progress)
     return Inputs(base, renderer, data, resolve(config, detect()), count_steps(config, len(data.train)))
 
 
@@ -74,7 +90,7 @@ def train(config: Config, observer: Observer = ignore, *, resume: bool = False) 
         observer(AlreadyFinished(run.path))
         return run
     require_trackers(config.tracking)
-    inputs = gather(config)
+    inputs = gather(config, lambda stage, done, of: observer(Preparing(stage, done, of)))
     if resume:
         inputs = replace(inputs, resolved=inputs.resolved.pinned(**read_json(run.environment)["computed_in"]))
     # Process groups exist only from here on: slow preparation on one rank cannot time out another (pitfall B4).
@@ -132,7 +148,11 @@ class _Parts:
 
 
 def _build(config: Config, inputs: Inputs, accelerator: Any, resumed: Path | None) -> _Parts:
-    built = build_model(config, inputs.base, inputs.resolved, accelerator.device, resumed)
+    new_ids = token_ids(inputs.renderer.tokenizer, config.model.new_tokens)
+    materials = Materials(inputs.base, inputs.resolved, new_ids, inputs.data.train)
+    built = build_model(config, materials, accelerator.device, resumed)
+    if isinstance(config.tuning, AdaLora):
+        plan_ranks(built.model, config.tuning, inputs.steps.total)
     require_vocabulary(inputs.renderer.tokenizer, built.model)
     parameters = trainable(built.model)
     decided = config.optimizer.model_copy(update={"method": inputs.resolved.optimizer.value})
@@ -165,10 +185,10 @@ def _begin(run: RunDirectory, config: Config, parts: _Parts, *, resume: bool) ->
         groups = [group.summary() for group in parts.groups]
         write_json(
             run.plan,
-            {"steps": asdict(inputs.steps), "resolved": inputs.resolved.as_dict(), "groups": groups, "data": inputs.data.counts},
+            {"steps": asdict(inputs.steps), "resolved": inputs.resolved.as_dict(), "groups": groups, "data": inputs.data.report.as_dict()},
         )
-        if built.loftq is not None:
-            save_base_correction(run.path, built.loftq)
+        if built.start is not None:
+            built.start.save(run.path)
         write_json(
             run.environment,
             environment()
