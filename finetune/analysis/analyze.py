@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from finetune.analysis.plot import GridPanel, Line, LinePanel, Panel
 from finetune.analysis.runs import KEPT_OF_WHOLE, Changed, Trained, changes, open_trained
 from finetune.analysis.similarity import Of, Similarity, compare
 from finetune.analysis.update_spectra import Directions, amplification, directions, effective_rank
@@ -86,6 +88,21 @@ class Analysis:
         """For JSON."""
         return asdict(self)
 
+    @property
+    def title(self) -> str:
+        """Of the plot."""
+        return f"What training changed: {', '.join(Path(run.run).name for run in self.runs)}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What every figure means, and what is particular to a run."""
+        pairs = ("phi(i, j): 0 where the directions are orthogonal, 1 where one space lies in the other",) if self.pairs else ()
+        return (*(f"{Path(run.run).name} ({run.measured}): {note}" for run in self.runs for note in run.notes), *pairs)
+
+    def panels(self) -> list[Panel]:
+        """Figures over the layers, a panel for each type of module; then similarities."""
+        return [*_figure_panels(self.runs), *_similarity_panels(self.pairs)]
+
 
 def analyze(runs: Sequence[tuple[RunDirectory, Config]], progress: Callable[[str, int], None] = lambda *_: None) -> Analysis:
     """Analyze finished ``runs`` and compare each pair; ``progress`` is called with (run, modules done since).
@@ -118,7 +135,14 @@ def _analyzed(trained: Trained, bases: Bases | None, progress: Callable[[str, in
     if not modules:
         raise VerificationError("no matrix of the model was changed", where=str(trained.directory), fix="train again")
     tuning = trained.config.tuning
-    return RunAnalysis(str(trained.run.path), tuning.method, trained.measured, (*_notes(trained), *skipped), tuple(modules))
+    return RunAnalysis(
+        str(trained.run.path), tuning.method, trained.measured, (*_notes(trained), *skipped), tuple(sorted(modules, key=_place))
+    )
+
+
+def _place(module: ModuleUpdate | Similarity) -> tuple[bool, int, str]:
+    """Layers by number, then by name; what is in no layer (embeddings) last."""
+    return module.layer is None, module.layer or 0, module.module
 
 
 def _notes(trained: Trained) -> list[str]:
@@ -173,9 +197,41 @@ def _keep(bases: Bases, change: Changed, found: Directions) -> None:
 
 def _pair(first: str, second: str, left: Bases, right: Bases) -> Pair:
     shared = [key for key in left if key in right and left[key].shape[0] == right[key].shape[0]]
-    if not shared:
+    compared = (compare(module, of, left[module, of], right[module, of]) for module, of in shared)
+    found = tuple(similarity for similarity in compared if similarity is not None)
+    if not found:
         raise VerificationError(
             "the two runs changed no module of one name and shape", where=f"{first}, {second}", fix="compare runs of one base model"
         )
-    found = (compare(module, of, left[module, of], right[module, of]) for module, of in shared)
-    return Pair(first, second, tuple(similarity for similarity in found if similarity is not None))
+    return Pair(first, second, tuple(sorted(found, key=_place)))
+
+
+# --- plots ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _figure_panels(runs: Sequence[RunAnalysis]) -> Iterator[Panel]:
+    kinds = sorted({module.kind for run in runs for module in run.modules})
+    for kind in kinds:
+        yield _over_layers(f"{kind}: |update| / |weight|", runs, kind, lambda module: module.relative_norm)
+        yield _over_layers(f"{kind}: effective rank", runs, kind, lambda module: module.effective_rank)
+        yield _over_layers(f"{kind}: amplification", runs, kind, lambda module: module.amplification)
+
+
+def _over_layers(title: str, runs: Sequence[RunAnalysis], kind: str, figure: Callable[[ModuleUpdate], float | None]) -> LinePanel:
+    lines = []
+    for run in runs:
+        modules = [module for module in run.modules if module.kind == kind]
+        points = [(float(module.layer or 0), value) for module in modules if (value := figure(module)) is not None]
+        lines.append(Line(Path(run.run).name, tuple(points)))
+    return LinePanel(title, tuple(lines))
+
+
+def _similarity_panels(pairs: Sequence[Pair]) -> Iterator[Panel]:
+    for pair in pairs:
+        groups: dict[tuple[str, Of, tuple[int, ...]], list[Similarity]] = {}
+        for similarity in pair.similarities:
+            groups.setdefault((similarity.kind, similarity.of, similarity.sizes), []).append(similarity)
+        for (kind, of, sizes), found in groups.items():
+            cells = torch.tensor([one.phi for one in found]).mean(dim=0).tolist()
+            title = f"{kind}, {of}: {Path(pair.first).name[:16]} | {Path(pair.second).name[:16]}"
+            yield GridPanel(title, tuple(map(str, sizes)), tuple(map(tuple, cells)))

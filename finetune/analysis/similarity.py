@@ -17,6 +17,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from finetune.model.targets import kind_of, layer_of
+
 Of = Literal["A", "update"]
 
 
@@ -25,6 +27,8 @@ class Similarity:
     """phi of one module in two runs."""
 
     module: str
+    kind: str
+    layer: int | None
     of: Of
     sizes: tuple[int, ...]
     """The i and j that were compared."""
@@ -63,4 +67,4 @@ def compare(module: str, of: Of, first: Tensor, second: Tensor) -> Similarity | 
         return None
     sizes = sizes_up_to(largest)
     grid = tuple(tuple(phi(first, second, i, j) for j in sizes) for i in sizes)
-    return Similarity(module, of, sizes, grid, first.shape[0])
+    return Similarity(module, kind_of(module), layer_of(module), of, sizes, grid, first.shape[0])

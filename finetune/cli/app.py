@@ -17,7 +17,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from finetune import __version__, api
-from finetune.cli import config_commands, data_commands
+from finetune.cli import analyze_command, config_commands, data_commands
 from finetune.cli.options import ConfigPath, Json, Overrides, RunPath
 from finetune.errors import ConfigError, DataError, FinetuneError, RunInterruptedError
 
@@ -135,6 +135,9 @@ def merge(
         _print_json({"destination": str(output), **done.as_json()})
     else:
         _print_path("merged", output, as_json=False)
+
+
+app.command("analyze")(analyze_command.analyze)
 
 
 @app.command()

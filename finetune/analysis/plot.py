@@ -1,0 +1,161 @@
+"""Plots as SVG written by hand: a grid of panels that opens in a browser, loads nothing and holds no script."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.errors import ConfigError
+from finetune.runs import write_text
+
+_WIDTH, _HEIGHT, _COLUMNS, _MARGIN = 320, 200, 3, 16
+_LEFT, _TOP, _BOTTOM = 48, 30, 30
+_COLOURS = ("#1f6feb", "#d1571b", "#1a7f37", "#8250df", "#bf3989", "#7d6608", "#0a7d91", "#57606a")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a panel."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    """(layer, value)"""
+
+
+@dataclass(frozen=True, slots=True)
+class LinePanel:
+    """Values over the layers of a model."""
+
+    title: str
+    lines: tuple[Line, ...]
+    logarithmic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GridPanel:
+    """Values between 0 and 1 over a square grid."""
+
+    title: str
+    labels: tuple[str, ...]
+    """Of rows, and of columns too."""
+    values: tuple[tuple[float, ...], ...]
+
+
+Panel = LinePanel | GridPanel
+
+
+def check_plot_path(path: Path) -> None:
+    """ConfigError where ``path`` is no file that `write_plot` could write."""
+    if path.suffix.lower() not in (".svg", ".html"):
+        raise ConfigError(f"a plot is an .svg or .html file, not {path.suffix or 'a file without suffix'}", where=f"--plot {path}")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError("the directory of the plot does not exist", where=f"--plot {path}", fix=f"mkdir -p {path.parent}")
+
+
+def write_plot(path: Path, title: str, notes: Sequence[str], panels: Sequence[Panel]) -> None:
+    """Write ``panels`` as an SVG image, or as a page that holds it where ``path`` ends in .html. HardwareError: the disk refuses."""
+    check_plot_path(path)
+    image = svg(title, notes, panels)
+    if path.suffix.lower() == ".svg":
+        write_text(path, image)
+        return
+    write_text(
+        path,
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"></head><body style="margin:0">\n{image}</body></html>\n',
+    )
+
+
+def svg(title: str, notes: Sequence[str], panels: Sequence[Panel]) -> str:
+    """One image with ``title``, ``notes`` below it and ``panels`` in rows of three; all text is escaped."""
+    top = 48 + 16 * len(notes)
+    rows = max(1, math.ceil(len(panels) / _COLUMNS))
+    width, height = 2 * _MARGIN + _COLUMNS * _WIDTH, top + rows * _HEIGHT + _MARGIN
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" font-family="system-ui, sans-serif" '
+        f'font-size="11" fill="#1f2328"><title>{_text(title)}</title><rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<text x="{_MARGIN}" y="28" font-size="16" font-weight="600">{_text(title)}</text>',
+        *(f'<text x="{_MARGIN}" y="{48 + 16 * number}">{_text(note)}</text>' for number, note in enumerate(notes)),
+    ]
+    for number, panel in enumerate(panels):
+        x, y = _MARGIN + number % _COLUMNS * _WIDTH, top + number // _COLUMNS * _HEIGHT
+        drawn = _lines(panel) if isinstance(panel, LinePanel) else _grid(panel)
+        parts.append(f'<g transform="translate({x},{y})"><text x="4" y="18" font-weight="600">{_text(panel.title)}</text>{drawn}</g>')
+    return "\n".join((*parts, "</svg>\n"))
+
+
+def _text(value: str) -> str:
+    """``value`` for XML, which has no place for control characters, escaped or not."""
+    return html.escape("".join(char if char.isprintable() else "\ufffd" for char in value))
+
+
+def _lines(panel: LinePanel) -> str:
+    points = [point for line in panel.lines for point in line.points if _drawable(point[1], panel.logarithmic)]
+    if not points:
+        return f'<text x="{_LEFT}" y="{_TOP + 40}" fill="#57606a">nothing to draw</text>'
+    ys = [_scaled(y, panel.logarithmic) for _, y in points]
+    low, high = (min(ys), max(ys)) if panel.logarithmic else (min(0.0, *ys), max(ys))
+    high = high if high > low else low + 1.0
+    last = max(1.0, *(x for x, _ in points))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = _LEFT + x / last * (_WIDTH - _LEFT - 24)
+        return across, _TOP + (high - _scaled(y, panel.logarithmic)) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+
+    drawn = [_axes(_unscaled(low, panel.logarithmic), _unscaled(high, panel.logarithmic), last)]
+    for number, line in enumerate(panel.lines):
+        colour = _COLOURS[number % len(_COLOURS)]
+        placed = [place(x, y) for x, y in line.points if _drawable(y, panel.logarithmic)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in placed)
+        drawn.append(f'<g fill="{colour}"><polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>{dots}')
+        legend = f'<text x="{_WIDTH - 24}" y="{_TOP + 10 + 13 * number}" text-anchor="end">{_text(line.name)}</text>'
+        drawn.append((legend if len(panel.lines) > 1 else "") + "</g>")
+    return "".join(drawn)
+
+
+def _drawable(value: float, logarithmic: bool) -> bool:
+    return math.isfinite(value) and (value > 0 or not logarithmic)
+
+
+def _scaled(value: float, logarithmic: bool) -> float:
+    return math.log10(value) if logarithmic else value
+
+
+def _unscaled(value: float, logarithmic: bool) -> float:
+    return float(10**value) if logarithmic else value
+
+
+def _axes(low: float, high: float, last: float) -> str:
+    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - 24
+    return (
+        f'<path d="M{_LEFT},{_TOP} V{bottom} H{right}" fill="none" stroke="#d0d7de"/><g fill="#57606a">'
+        f'<text x="{_LEFT - 6}" y="{_TOP + 8}" text-anchor="end">{high:.3g}</text>'
+        f'<text x="{_LEFT - 6}" y="{bottom}" text-anchor="end">{low:.3g}</text>'
+        f'<text x="{_LEFT}" y="{bottom + 16}">0</text><text x="{right}" y="{bottom + 16}" text-anchor="end">layer {last:g}</text></g>'
+    )
+
+
+def _grid(panel: GridPanel) -> str:
+    """Rows down, columns across; the darker, the nearer to 1."""
+    count = max(1, len(panel.labels))
+    side = min(28.0, (_HEIGHT - _TOP - _BOTTOM) / count)
+    drawn = []
+    for row, values in enumerate(panel.values):
+        y = _TOP + row * side
+        drawn.append(f'<text x="{_LEFT - 6}" y="{y + side / 2 + 4:.1f}" text-anchor="end">{_text(panel.labels[row])}</text>')
+        for column, value in enumerate(values):
+            shade, x = min(1.0, max(0.0, value)), _LEFT + column * side
+            ink = "#ffffff" if shade > 0.5 else "#1f2328"
+            drawn.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" fill="#1f6feb" fill-opacity="{shade:.3f}" '
+                f'stroke="#d0d7de"/><text x="{x + side / 2:.1f}" y="{y + side / 2 + 3:.1f}" font-size="9" text-anchor="middle" '
+                f'fill="{ink}">{value:.2f}</text>'
+            )
+    for column, label in enumerate(panel.labels):
+        x, y = _LEFT + (column + 0.5) * side, _TOP + count * side + 13
+        drawn.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{_text(label)}</text>')
+    return "".join(drawn)
