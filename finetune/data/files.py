@@ -10,12 +10,15 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import pyarrow
 
 from finetune.config.data import FileSource
 from finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".md")
 TABLE_SUFFIXES = (".parquet", ".arrow")
@@ -146,13 +149,13 @@ class Counted(io.FileIO):
         self._left -= count
         self._advance(count)
 
-    def readinto(self, buffer: bytearray | memoryview, /) -> int:  # type: ignore[override]
+    def readinto(self, buffer: Buffer, /) -> int:
         """As FileIO's; it never blocks, since only regular files are opened."""
         count = super().readinto(buffer) or 0
         self._count(count)
         return count
 
-    def read(self, size: int | None = -1, /) -> bytes:  # type: ignore[override]
+    def read(self, size: int | None = -1, /) -> bytes:
         """As FileIO's."""
         data = super().read(size) or b""
         self._count(len(data))

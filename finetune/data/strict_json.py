@@ -34,7 +34,7 @@ def decode_at(text: str, start: int) -> tuple[Any, int]:
     try:
         value, end = _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
-        raise JsonFault(f"not valid JSON: {error.msg}", "write complete JSON", error.pos) from None
+        raise JsonFault(f"not valid JSON: {error.msg.removesuffix(' at')}", "write complete JSON", error.pos) from None
     except RecursionError:
         raise JsonFault(*_TOO_DEEP) from None
     except ValueError as error:  # a number with thousands of digits

@@ -176,9 +176,16 @@ def read_arrow(path: Path, advance: Advance) -> Iterator[Row | DataError]:
     """Rows of an IPC file or stream through a memory map, as `datasets` saves them."""
     try:
         with pyarrow.memory_map(str(path)) as mapped:
-            yield from batch_rows(_arrow_batches(mapped, path.stat().st_size, advance), str(path))
+            yield from batch_rows(_validated(_arrow_batches(mapped, path.stat().st_size, advance)), str(path))
     except (pyarrow.ArrowException, OSError) as error:
         yield _damaged("Arrow", error, path)
+
+
+def _validated(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    """The batches; ArrowInvalid at one whose offsets lead out of the file, which would end the process."""
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
 
 
 def _arrow_batches(mapped: pyarrow.MemoryMappedFile, size: int, advance: Advance) -> Iterator[pyarrow.RecordBatch]:
@@ -208,7 +215,6 @@ def batch_rows(batches: Iterable[pyarrow.RecordBatch], where: str) -> Iterator[R
     number = 0
     for batch in batches:
         _require_unique(batch.schema.names, where)
-        batch.validate(full=True)  # offsets that lead out of the file would end the process
         for piece in _pieces(batch):
             yield from _piece_rows(piece, where, number)
             number += piece.num_rows
