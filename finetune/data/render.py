@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-
-from finetune.data.formats import Conversation, Message, Record, Text
+from finetune.data.content import control_pattern, locate, refuse_control_tokens, refuse_half_characters, written
+from finetune.data.encoding import Encoded, Encoder
+from finetune.data.records import Conversation, Message, Record, Text
+from finetune.data.turns import Answer, Chat, Turns
 from finetune.errors import DataError
 
 Supervise = Literal["assistant", "last-turn", "all"]
-
-# What an expression of a template can raise beside Jinja's own errors: `{{ 1 + 'a' }}`, `{{ '%q' % 1 }}`, `{{ 1 / 0 }}`, ...
-_TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +38,43 @@ class Example:
 
     def content_hash(self) -> str:
         """sha256 over ids and mask: equal for equal examples wherever they stand."""
-        digest = hashlib.sha256(b"".join(token.to_bytes(4, "little") for token in self.ids))
-        digest.update(bytes(self.mask))
-        return digest.hexdigest()
+        ids = array("I", self.ids)
+        if sys.byteorder == "big":
+            ids.byteswap()
+        return hashlib.sha256(ids.tobytes() + bytes(self.mask)).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A record as text, before it is tokenized."""
+
+    record: Record
+    text: str
+    chat: Chat | None = None  # none for a document
+    everything: bool = False  # all but `ignored` carries loss
+    learned: tuple[Answer, ...] = ()  # else these
+    ignored: tuple[tuple[int, int], ...] = ()  # characters
+    words: Sequence[tuple[int, int]] = ()  # characters of what the row says, to be free of control tokens
 
 
 class Renderer:
-    """The tokenizer with its own chat template."""
+    """The tokenizer with its own chat template. Can be pickled; not for several threads at once."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
+    def __reduce__(self) -> tuple[type[Renderer], tuple[Any]]:
+        return Renderer, (self.tokenizer,)  # what is compiled and probed is made again where it arrives
+
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """Texts that encode to control tokens; content that contains one is refused (pitfall C6)."""
-        return tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        return tuple(self._encoder.control.values())
 
-    @cached_property
-    def _control_ids(self) -> frozenset[int]:
-        return frozenset(number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+    @property
+    def end_of_turn(self) -> int | None:
+        """The token that closes an assistant's turn, at which generation must stop; None without a chat template."""
+        return self._frame[1]
 
     @property
     def template_hash(self) -> str:
@@ -66,96 +82,187 @@ class Renderer:
         template = self.tokenizer.chat_template
         return hashlib.sha256(str(template).encode()).hexdigest() if template else ""
 
-    def prompt(self, messages: Sequence[Message], where: str = "prompt") -> tuple[int, ...]:
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """sha256 over all that decides about ids: vocabulary, merges, normalization, special tokens and the chat template."""
+        return self._encoder.fingerprint(self.template_hash)
+
+    def prompt(self, messages: Sequence[Message], where: str = "prompt", tools: Sequence[Mapping[str, Any]] = ()) -> tuple[int, ...]:
         """Ids that ask for the next assistant turn, as at inference."""
-        self._check_content(messages, where)
-        return self._encode(self._template(messages, where, ask=True))[0]
+        refuse_control_tokens(written(messages, tools), self._forbidden, where)
+        text = self._turns(bool(tools)).text(messages, tools, ask=True, where=where)
+        refuse_half_characters(text, where)
+        ids = self._encoder.encode([text])[0].ids
+        self._require_one_bos(ids, where)
+        return tuple(ids)
 
     def example(self, record: Record, supervise: Supervise = "assistant") -> Example:
         """Ids and loss mask of one record; DataError where no token carries loss."""
-        example = self._document(record) if isinstance(record, Text) else self._conversation(record, supervise)
-        if not example.supervised:
-            raise DataError("no token of this row carries loss", where=record.where, fix="give it an answer, or remove it")
+        (example,) = self.examples((record,), supervise)
+        if isinstance(example, DataError):
+            raise example
         return example
 
-    def _document(self, record: Text) -> Example:
-        self._check_content([Message("document", record.text)], record.where)
-        ids = [*self.tokenizer(record.text)["input_ids"]]
-        if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
-            ids.append(self.tokenizer.eos_token_id)
-        return Example(tuple(ids), (False, *(True for _ in ids[1:])), record.where)
+    def examples(self, records: Sequence[Record], supervise: Supervise = "assistant") -> list[Example | DataError]:
+        """`example` of each record, in order, with one call of the tokenizer; a record that cannot be used gives its error instead."""
+        drafts = [self._try_draft(record, supervise) for record in records]
+        encoded = iter(self._encoder.encode([draft.text for draft in drafts if isinstance(draft, _Draft)]))
+        return [draft if isinstance(draft, DataError) else self._try_finish(draft, next(encoded)) for draft in drafts]
 
-    def _conversation(self, record: Conversation, supervise: Supervise) -> Example:
-        self._check_content(record.messages, record.where)
-        rendered = self._template(record.messages, record.where)
-        ids, offsets = self._encode(rendered)
-        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
-            raise DataError("the chat template begins with two BOS tokens", where=record.where, fix="mend the tokenizer's chat template")
+    def _try_draft(self, record: Record, supervise: Supervise) -> _Draft | DataError:
+        try:
+            draft = self._document(record) if isinstance(record, Text) else self._conversation(record, supervise)
+            refuse_half_characters(draft.text, record.where)
+        except DataError as error:
+            return error
+        return draft
+
+    def _try_finish(self, draft: _Draft, encoded: Encoded) -> Example | DataError:
+        try:
+            return self._finish(draft, encoded)
+        except DataError as error:
+            return error
+
+    def _document(self, record: Text) -> _Draft:
+        refuse_control_tokens((record.text,), self._encoder.forbidden, record.where)
+        return _Draft(record, record.text)
+
+    def _conversation(self, record: Conversation, supervise: Supervise) -> _Draft:
+        refuse_control_tokens(written(record.messages, record.tools), self._forbidden, record.where)
+        turns = self._turns(bool(record.tools))
         if supervise == "all":
-            return Example(ids, (False, *(True for _ in ids[1:])), record.where)
-        mask = [False] * len(ids)
-        for start, end in self._spans(record, rendered, last_only=supervise == "last-turn"):
-            inside = [position for position, (left, right) in enumerate(offsets) if left >= start and right <= end and right > left]
-            self._require_end_token(ids, inside, record.where)
-            for position in inside:
-                mask[position] = True
-        return Example(ids, tuple(mask), record.where)
+            chat = turns.whole(record)
+            return _Draft(record, chat.text, chat, everything=True, ignored=_ignored(record, chat), words=locate(record, chat))
+        chat = turns.chat(record)
+        learned = chat.answers[-1:] if supervise == "last-turn" else chat.answers
+        learned = tuple(answer for answer in learned if record.messages[answer.number].supervised)
+        return _Draft(record, chat.text, chat, learned=learned, words=locate(record, chat))
 
-    def _spans(self, record: Conversation, rendered: str, *, last_only: bool) -> list[tuple[int, int]]:
-        """Character ranges of the assistant's turns, from after the generation prompt to the end-of-turn token."""
-        turns = [number for number, message in enumerate(record.messages) if message.role == "assistant"]
-        spans = []
-        for number in turns[-1:] if last_only else turns:
-            before = self._template(record.messages[:number], record.where, ask=True)
-            through = self._template(record.messages[: number + 1], record.where)
-            if not (rendered.startswith(through) and through.startswith(before)):
-                raise DataError(
-                    "the chat template renders a turn differently once others follow, so its tokens cannot be told apart",
-                    where=record.where,
-                    fix="set data.supervise to `all`, or use a prefix-stable chat template",
-                )
-            spans.append((len(before), len(through.rstrip())))
-        return spans
+    def _finish(self, draft: _Draft, encoded: Encoded) -> Example:
+        ids, where = encoded.ids, draft.record.where
+        if draft.chat is None:
+            example = Example(*self._encoder.document(ids), where)
+        else:
+            self._require_one_bos(ids, where)
+            self._refuse_joined_tokens(draft, encoded)
+            example = Example(tuple(ids), tuple(self._mask(draft, encoded)), where)
+        if True not in example.mask:
+            raise DataError("no token of this row carries loss", where=where, fix="give it an answer, or remove it")
+        return example
 
-    def _require_end_token(self, ids: tuple[int, ...], inside: list[int], where: str) -> None:
-        if not inside or ids[inside[-1]] not in self._control_ids:
+    def _mask(self, draft: _Draft, encoded: Encoded) -> list[bool]:
+        mask = [draft.everything] * len(encoded.ids)
+        for start, end in draft.ignored:
+            first, last = encoded.tokens(start, end)
+            mask[first:last] = [False] * (last - first)
+        for answer in draft.learned:
+            first, last = self._learned_tokens(draft, answer, encoded)
+            mask[first:last] = [True] * (last - first)
+        mask[:1] = [False]
+        return mask
+
+    def _learned_tokens(self, draft: _Draft, answer: Answer, encoded: Encoded) -> tuple[int, int]:
+        """First and last + 1 of an answer's tokens; DataError where they do not begin after the prompt's (A5) or end the turn (A3)."""
+        first, last = encoded.tokens(answer.start, answer.end)
+        asked = self._asking_ids if draft.chat is not None and draft.chat.after_prompt else ()
+        if (first and encoded.offsets[first - 1][1] > answer.start) or tuple(encoded.ids[max(first - len(asked), 0) : first]) != asked:
+            raise DataError(
+                "the start of an assistant's text melts into one token with the prompt before it, which the model will never be asked with",
+                where=f"{draft.record.where} message {answer.number + 1}",
+                fix="remove the space or line break that the text begins with",
+            )
+        if last <= first or encoded.ids[last - 1] not in self._structure:
             raise DataError(
                 "an assistant turn does not end with an end-of-turn token, so the model would never learn to stop",
-                where=where,
+                where=draft.record.where,
                 fix="use a chat template that closes each turn with a special token",
             )
+        return first, last
 
-    def _template(self, messages: Sequence[Message], where: str, *, ask: bool = False) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+    def _refuse_joined_tokens(self, draft: _Draft, encoded: Encoded) -> None:
+        """The row's words hold no control token; nor may they complete one together with what the template writes beside them."""
+        for start, end in draft.words:
+            first, last = encoded.tokens(start, end)
+            first -= bool(first and encoded.offsets[first - 1][1] > start)
+            if not self._structure.isdisjoint(encoded.ids[first:last]) and not self._stands_clean(draft, start, end, encoded):
+                raise DataError(
+                    "the text becomes part of a control token together with what the chat template writes beside it",
+                    where=draft.record.where,
+                    fix=f"remove {draft.text[max(start, end - 20) : end]!r}, or the row",
+                )
+
+    def _stands_clean(self, draft: _Draft, start: int, end: int, encoded: Encoded) -> bool:
+        """Whether the words were found in the template's own markup (an answer `user` in the header of a turn) and stand elsewhere too."""
+        words = draft.text[start:end]
+        while (start := draft.text.find(words, start + 1)) >= 0:
+            first, last = encoded.tokens(start, start + len(words))
+            first -= bool(first and encoded.offsets[first - 1][1] > start)
+            if self._structure.isdisjoint(encoded.ids[first:last]):
+                return True
+        return False
+
+    def _require_one_bos(self, ids: Sequence[int], where: str) -> None:
+        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
+            raise DataError("the chat template begins with two BOS tokens", where=where, fix="mend the tokenizer's chat template")
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
+
+    @cached_property
+    def _compiled(self) -> dict[str, Turns]:
+        return {}
+
+    def _turns(self, with_tools: bool = False) -> Turns:
+        """The compiled template; some tokenizers have a second one for conversations with tools."""
         if not self.tokenizer.chat_template:
             raise DataError(
-                "the tokenizer has no chat template", where=where, fix="use an instruction-tuned model, or rows with a `text` column"
+                "the tokenizer has no chat template", where="tokenizer", fix="use an instruction-tuned model, or rows with a `text` column"
             )
+        source = str(self.tokenizer.get_chat_template(tools=[{}] if with_tools else None))
+        if source not in self._compiled:
+            self._compiled[source] = Turns(source, self.tokenizer.special_tokens_map)
+        return self._compiled[source]
+
+    @cached_property
+    def _asking_ids(self) -> tuple[int, ...]:
+        """The generation prompt's tokens, where a control token cuts them off from what stands before; else empty."""
+        ids = tuple(self._encoder.encode([self._turns().generation_prompt])[0].ids)
+        return ids if ids and ids[0] in self._structure else ()
+
+    @cached_property
+    def _structure(self) -> frozenset[int]:
+        """Special tokens, and added ones that are not marked special but frame this template's turns."""
+        return frozenset(self._encoder.control) | frozenset(self._frame[0])
+
+    @cached_property
+    def _frame(self) -> tuple[dict[int, str], int | None]:
+        """Added tokens around a user's turn and at the end of an assistant's, as a short conversation shows them; and that last one."""
+        turns = (Message("user", "First question."), Message("assistant", "First answer."))
         try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
-        except TemplateError as error:
-            raise DataError(f"the chat template refuses this conversation: {error}", where=where, fix="check the order of roles") from error
-        except _TEMPLATE_FAULTS as error:
-            raise DataError(
-                f"the chat template fails on this conversation: {type(error).__name__}: {error}",
-                where=where,
-                fix="check the order of roles, or mend the tokenizer's chat template",
-            ) from error
+            texts = [self._turns().text(turns[:1]), self._turns().text(turns).rstrip()]
+        except DataError:  # no template, or one that takes no such conversation
+            return {}, None
+        question, answer = (encoded.ids for encoded in self._encoder.encode(texts))
+        added = {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()}
+        return {number: added[number] for number in (*question, *answer[-1:]) if number in added}, next(
+            (number for number in answer[-1:] if number in added), None
+        )
 
-    def _encode(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return tuple(encoded["input_ids"]), encoded["offset_mapping"]
+    @cached_property
+    def _forbidden(self) -> re.Pattern[str] | None:
+        return control_pattern((*self.control_tokens, *self._frame[0].values()))
 
-    def _check_content(self, messages: Sequence[Message], where: str) -> None:
-        for message in messages:
-            if _SURROGATE.search(message.content):
-                raise DataError(
-                    "the text holds half a surrogate pair, which is no character",
-                    where=where,
-                    fix=r"remove it (\ud800 to \udfff), or the row",
-                )
-            for token in self.control_tokens:
-                if token in message.content:
-                    raise DataError(
-                        f"the text contains the control token {token!r}", where=where, fix="remove it from the text, or the row"
-                    )
+
+def _ignored(record: Conversation, chat: Chat) -> tuple[tuple[int, int], ...]:
+    """Characters of the turns that the row gives no weight."""
+    without = [number for number, message in enumerate(record.messages) if not message.supervised]
+    if not without:
+        return ()
+    if chat.regions is None:
+        raise DataError(
+            "the chat template does not tell where a turn begins, so a turn of weight 0 cannot be left out",
+            where=record.where,
+            fix="set data.supervise to `assistant`, or remove the weight",
+        )
+    return tuple(chat.regions[number] for number in without)

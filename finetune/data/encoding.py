@@ -1,0 +1,99 @@
+"""The tokenizer's own machine, called for a whole batch, with the place of every token in the text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from finetune.data.content import control_pattern
+from finetune.errors import DataError
+
+_PROBE = "A probe: two words,\n\n three  lines\tand 1234.5 — ünïcödé 漢字."
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text as tokens."""
+
+    ids: list[int]  # (t,)
+    offsets: list[tuple[int, int]]  # (t,) characters of each token, never decreasing
+
+    def tokens(self, start: int, end: int) -> tuple[int, int]:
+        """First and last + 1 of the tokens that begin within characters ``start`` to ``end``."""
+        return bisect_left(self.offsets, (start,)), bisect_left(self.offsets, (end,))
+
+
+class Encoder:
+    """A private copy of a fast tokenizer's backend: what others set on theirs (truncation, padding) does not reach it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(
+                f"the tokenizer {type(tokenizer).__name__} does not tell where its tokens stand in the text",
+                where="tokenizer",
+                fix="use a model with a tokenizer.json (a fast tokenizer), or convert this one with transformers",
+            )
+        self._tokenizer = tokenizer
+        self._definition = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        # Without its post-processor: that adds special tokens, which the template writes, and it trims spaces off the offsets.
+        self._backend = Tokenizer.from_str(json.dumps(self._definition | {"post_processor": None}))
+        self._backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+        self._require_equal_ids()
+
+    @cached_property
+    def control(self) -> dict[int, str]:
+        """Ids and texts of the special tokens."""
+        return {number: token.content for number, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+
+    @cached_property
+    def forbidden(self) -> re.Pattern[str] | None:
+        """Finds a special token in a text."""
+        return control_pattern(self.control.values())
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """One call of the tokenizer, without special tokens of its own."""
+        if not texts:
+            return []
+        return [Encoded(found.ids, found.offsets) for found in self._backend.encode_batch(texts, add_special_tokens=False)]
+
+    def document(self, ids: list[int]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """Ids and mask (t,) of a document: with the special tokens that the tokenizer adds, and its end marked."""
+        before, after = self._frame
+        end = self._tokenizer.eos_token_id
+        if end is not None and (after or tuple(ids[-1:]))[-1:] != (end,):
+            after = (*after, end)
+        whole = (*before, *ids, *after)
+        return whole, (False,) + (True,) * (len(whole) - 1)
+
+    def fingerprint(self, template_hash: str) -> str:
+        """sha256 over all that decides about ids."""
+        names = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+        definition = json.dumps([self._definition, names, template_hash], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(definition.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @cached_property
+    def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the tokenizer puts before and after a text."""
+        bare, framed = self._backend.encode("a", add_special_tokens=False).ids, list(self._tokenizer("a")["input_ids"])
+        for start in range(len(framed) - len(bare) + 1):
+            if framed[start : start + len(bare)] == bare:
+                return tuple(framed[:start]), tuple(framed[start + len(bare) :])
+        raise DataError("the tokenizer writes a text otherwise when it adds special tokens", where="tokenizer", fix="use another tokenizer")
+
+    def _require_equal_ids(self) -> None:
+        """The class around the backend may do work of its own; then the backend alone would give other ids."""
+        expected = self._tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        if self._backend.encode(_PROBE, add_special_tokens=False).ids != list(expected):
+            raise DataError(
+                f"the tokenizer {type(self._tokenizer).__name__} changes texts outside its tokenizer.json",
+                where="tokenizer",
+                fix="use a tokenizer that is wholly defined by its tokenizer.json",
+            )

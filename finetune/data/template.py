@@ -1,0 +1,215 @@
+"""A tokenizer's chat template, compiled by us: rendered once for a conversation, it also says where each message begins.
+
+The template is parsed by Jinja, and a call is put at the start of every loop body. The output is read piece by piece as it is made, so when
+the loop comes to a message, the characters written so far are that message's place. Nothing is inserted into the text, and the cost grows
+with the conversation, not with its square. The same calls keep the budget (`finetune.data.sandbox`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Template, TemplateError, nodes, pass_context
+from jinja2.runtime import Context
+
+from finetune.data.meter import OverBudgetError
+from finetune.data.sandbox import Sandbox
+from finetune.errors import DataError
+
+# What an expression of a template can raise beside Jinja's own errors: `{{ 1 + 'a' }}`, `{{ '%q' % 1 }}`, `{{ 1 / 0 }}`, ...
+_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
+
+_LONGEST_SOURCE = 262_144  # characters; the longest templates of well-known models have about 20,000
+_BASE_BUDGET = 1_000_000  # units of `Meter.charge`; a turn of a loop in a large template costs about 1,000
+_BUDGET_PER_CHARACTER = 100  # of the conversation: templates that compare every message with every other are quadratic
+_LONGEST_FACTOR = 20  # characters of output for each of input, beside _BASE_BUDGET
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as text."""
+
+    text: str
+    starts: tuple[int, ...] | None
+    """Characters before each message, never decreasing; None where the template does not go through the messages in order."""
+
+    def region(self, number: int) -> tuple[int, int]:
+        """From where message ``number`` begins to where the next one does, in characters."""
+        starts = self.starts or ()
+        return starts[number], starts[number + 1] if number + 1 < len(starts) else len(self.text)
+
+
+class ChatTemplate:
+    """Compiled source; DataError where it cannot be compiled. Renders one conversation at a time (no threads)."""
+
+    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
+        self._sandbox = Sandbox()
+        self._template = self._compile(source)
+        self._variables = {**self._sandbox.globals, **variables, "documents": None}
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, ask: bool, where: str) -> Rendered:
+        """The text, asking for the next assistant turn if ``ask``; DataError where the template refuses, fails or does not end."""
+        meter = self._sandbox.meter
+        size = sum(_characters(message) for message in messages) + sum(map(_characters, tools))
+        meter.start(_BASE_BUDGET + _BUDGET_PER_CHARACTER * size, messages)
+        try:
+            text = self._write(messages, list(tools) or None, ask, _BASE_BUDGET + _LONGEST_FACTOR * size)
+        except (TemplateError, *_FAULTS) as error:
+            raise _refusal(error, where) from error
+        return Rendered(text, _starts(meter.seen, len(messages)))
+
+    def _write(self, messages: Sequence[Mapping[str, Any]], tools: list[Mapping[str, Any]] | None, ask: bool, longest: int) -> str:
+        given = {**self._variables, "messages": list(messages), "tools": tools, "add_generation_prompt": ask}
+        meter, pieces = self._sandbox.meter, []
+        for piece in self._template.root_render_func(self._template.new_context(given, shared=True)):
+            pieces.append(piece)
+            meter.written += len(piece)
+            if meter.written > longest:
+                raise OverBudgetError(f"it writes more than {longest} characters")
+        return "".join(pieces)
+
+    def _compile(self, source: str) -> Template:
+        if len(source) > _LONGEST_SOURCE:
+            raise DataError(
+                f"the chat template has {len(source)} characters; no more than {_LONGEST_SOURCE} are read",
+                where="chat template",
+                fix="use the template that came with the model",
+            )
+        self._sandbox.meter.start(_BASE_BUDGET)  # Jinja computes constants while it compiles
+        try:
+            tree = self._sandbox.parse(source)
+            _meter(self._sandbox, tree)
+            return Template.from_code(self._sandbox, self._sandbox.compile(tree), {})
+        except (TemplateError, SyntaxError, *_FAULTS) as error:
+            raise DataError(
+                f"the chat template cannot be compiled: {type(error).__name__}: {error}",
+                where=f"chat template, line {getattr(error, 'lineno', None) or '?'}",
+                fix="mend the tokenizer's chat template",
+            ) from error
+
+
+def _refusal(error: BaseException, where: str) -> DataError:
+    if isinstance(error, OverBudgetError):
+        what = f"the chat template was stopped: {error}"
+        return DataError(what, where=where, fix="use the template that came with the model; if this is it, shorten the row")
+    if isinstance(error, TemplateError):
+        return DataError(f"the chat template refuses this conversation: {error}", where=where, fix="check the order of roles")
+    return DataError(
+        f"the chat template fails on this conversation: {type(error).__name__}: {error}",
+        where=where,
+        fix="check the order of roles, or mend the tokenizer's chat template",
+    )
+
+
+def _characters(value: object) -> int:
+    """About how much there is to write of ``value``."""
+    if isinstance(value, str):
+        return len(value) + 8
+    if isinstance(value, Mapping):
+        return 8 + sum(_characters(key) + _characters(item) for key, item in value.items())
+    return 8 + sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 8
+
+
+def _starts(seen: Sequence[tuple[int, int, int]], count: int) -> tuple[int, ...] | None:
+    """From (loop, message, characters before it): the start of each message, by the loop that wrote most.
+
+    Messages that come before those of the loop (a system message, written on its own) begin at 0.
+    """
+    loops: dict[int, list[tuple[int, int]]] = {}
+    for loop, number, written in seen:
+        loops.setdefault(loop, []).append((number, written))
+    if not loops:
+        return None
+    found = max(reversed(loops.values()), key=lambda turns: turns[-1][1] - turns[0][1])
+    numbers = [number for number, _ in found]
+    if numbers != list(range(count - len(found), count)):
+        return None
+    return (0,) * (count - len(found)) + tuple(written for _, written in found)
+
+
+def _meter(environment: Sandbox, tree: nodes.Template) -> None:
+    """Rewrite a parsed template: loops and macros call the meter, and what Jinja offers no hook for becomes a filter."""
+    meter = environment.meter
+
+    @pass_context  # which also keeps Jinja from calling it once, while compiling
+    def body(_: Context, cost: int) -> str:
+        meter.charge(cost)
+        return ""
+
+    @pass_context
+    def turn(_: Context, item: object, cost: int, loop: int) -> str:
+        meter.charge(cost)
+        number = meter.numbers.get(id(item))
+        if number is not None:
+            meter.seen.append((loop, number, meter.written))
+        return ""
+
+    @pass_context
+    def sized(_: Context, value: Any, inside: bool) -> Any:
+        if not (inside and isinstance(value, dict)):  # a dict looks its keys up
+            (meter.touch if isinstance(value, str) else meter.weigh)(value)
+        return value
+
+    @pass_context
+    def sliced(_: Context, value: Any) -> Any:
+        meter.touch(value)
+        return value
+
+    @pass_context
+    def joined(_: Context, values: list[Any]) -> str:
+        meter.weigh(values)
+        return "".join(map(str, values))
+
+    # Names with a space cannot be written in a template, so none can call them.
+    environment.filters |= {"a body": body, "a turn": turn, "a size": sized, "a piece": sliced, "a text": joined}
+    _meter_bodies(tree, buffered=False)
+    _meter_expressions(tree)
+
+
+def _meter_bodies(parent: nodes.Node, *, buffered: bool) -> None:
+    """Put a call at the start of every body. Where output is ``buffered`` for later, no message's place can be seen."""
+    for node in parent.iter_child_nodes():
+        holds = buffered or isinstance(node, (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock))
+        holds = holds or (isinstance(node, nodes.For) and node.recursive)
+        _meter_bodies(node, buffered=holds)
+        if isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)):
+            cost = nodes.Const(_cost(node))
+            call = _filter(cost, "a body")
+            if isinstance(node, nodes.For) and isinstance(node.target, nodes.Name) and not holds:
+                call = _filter(nodes.Name(node.target.name, "load"), "a turn", cost, nodes.Const(id(node)))
+            node.body.insert(0, nodes.ExprStmt(call))
+            if isinstance(node, nodes.For) and node.test is not None:  # items that it rejects never reach the body
+                node.test = nodes.Or(_filter(cost, "a body"), node.test)
+
+
+def _cost(node: nodes.Node) -> int:
+    """Nodes, and characters of text, that one turn of a body may go through."""
+    return 1 + sum(len(item.data) if isinstance(item, nodes.TemplateData) else 1 for item in node.find_all(nodes.Node))
+
+
+def _meter_expressions(parent: nodes.Node) -> None:
+    for field, value in parent.iter_fields():
+        if isinstance(value, list):
+            for place, item in enumerate(value):
+                if isinstance(item, nodes.Node):
+                    value[place] = _metered(item)
+        elif isinstance(value, nodes.Node):
+            setattr(parent, field, _metered(value))
+
+
+def _metered(node: nodes.Node) -> nodes.Node:
+    _meter_expressions(node)
+    match node:
+        case nodes.Concat():
+            return _filter(nodes.List(node.nodes), "a text")
+        case nodes.Getitem(arg=nodes.Slice()):
+            node.node = _filter(node.node, "a piece")
+        case nodes.Operand() if not isinstance(node.expr, (nodes.Const, nodes.List, nodes.Tuple)):
+            node.expr = _filter(node.expr, "a size", nodes.Const(node.op in ("in", "notin")))
+    return node
+
+
+def _filter(value: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(value, name, list(args), [], None, None)
