@@ -156,7 +156,7 @@ def load(base: Any, directory: Path, *, is_trainable: bool = False) -> Any:
     try:
         with _quiet():
             model = PeftModel.from_pretrained(base, directory, is_trainable=is_trainable, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError) as error:
         raise VerificationError(
             f"cannot load the adapter: {error}", where=str(directory), fix="name the adapter of the same base model"
         ) from error

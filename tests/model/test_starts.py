@@ -159,7 +159,11 @@ def inputs_of(model: Any, name: str, batches: list[tuple[Tensor, Tensor]]) -> Te
     module = model.get_base_model().get_submodule(name)
     with torch.no_grad():
         for ids, attention in batches:
-            hook = module.register_forward_pre_hook(lambda _m, args, mask=attention.bool(): seen.append(args[0][mask].float()))
+
+            def look(_module: Any, args: tuple[Tensor, ...], mask: Tensor = attention) -> None:
+                seen.append(args[0][mask.bool()].float())
+
+            hook = module.register_forward_pre_hook(look)
             model(input_ids=ids, attention_mask=attention)
             hook.remove()
     return torch.cat(seen)
@@ -189,11 +193,6 @@ def test_eva_starts_at_the_main_directions_of_the_inputs(llama: Llama) -> None:
         # the share of the inputs' energy that the best directions explain, and that these do
         best, found = (stacked @ exact.T).norm() ** 2, (stacked @ a.T).norm() ** 2
         assert found > 0.995 * best, name
-        assert (
-            torch.equal(a[:3], lora_layers(model)["model.layers.0.self_attn.q_proj"].lora_A[ADAPTER].weight[:3])
-            or "0.self_attn" not in (name)
-            or "o_proj" in name
-        )
 
 
 def test_eva_leaves_mode_and_base_alone_and_is_deterministic(llama: Llama) -> None:
