@@ -26,7 +26,7 @@ _BATCH_ROWS = 1000
 class Load(Protocol):
     """What `datasets.load_dataset` is."""
 
-    def __call__(self, path: str, name: str | None, *, split: str, revision: str) -> datasets.Dataset:
+    def __call__(self, path: str, name: str | None, *, split: str, revision: str, keep_in_memory: bool) -> datasets.Dataset:
         """The rows of one split."""
 
 
@@ -59,7 +59,7 @@ def _loaded(source: HubSource, load: Load | None) -> datasets.Dataset:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        dataset = (load or _load_dataset())(name, source.subset, split=source.split, revision=source.revision)
+        dataset = (load or _load_dataset())(name, source.subset, split=source.split, revision=source.revision, keep_in_memory=False)
     except (ConnectionError, OfflineModeIsEnabled) as error:
         raise _out_of_reach(source, name, error) from error
     except (DatasetsError, HfHubHTTPError, RuntimeError, ValueError, LookupError, OSError) as error:
@@ -116,9 +116,9 @@ def _require_commit(dataset: datasets.Dataset, source: HubSource, name: str) -> 
     """The directory of a cached dataset is named after the commit it was made from."""
     directories = {os.path.basename(os.path.dirname(file["filename"])) for file in dataset.cache_files}  # noqa: PTH119, PTH120
     other = sorted(directory for directory in directories if source.revision not in directory)
-    if other:
+    if other or (len(dataset) and not directories):
         raise DataError(
-            f"the cache holds another version of the dataset ({other[0]}), and the hub cannot be reached",
+            f"the cache holds another version of the dataset ({other[0] if other else 'in memory'}), and the hub gives none",
             where=f"{source.source} at {source.revision}",
             fix=f"run once with a network, or set `revision` to the cached commit, if {name} at that commit is what you want",
         )
