@@ -1,0 +1,77 @@
+"""The images are XML that parses, whatever the names are, and hold what was measured."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from finetune.analysis.plot import GridPanel, Line, LinePanel, svg, write_plot
+from finetune.errors import ConfigError
+
+SVG = "{http://www.w3.org/2000/svg}"
+HOSTILE = '<script>alert("1")</script>&amp; \x07\x00 ]]> " onload="x'
+
+
+def elements(image: str, tag: str) -> list[ElementTree.Element]:
+    return list(ElementTree.fromstring(image).iter(SVG + tag))
+
+
+def test_hostile_names_are_text() -> None:
+    panels = [
+        LinePanel(HOSTILE, (Line(HOSTILE, ((0.0, 1.0), (1.0, 2.0))), Line(HOSTILE, ((0.0, 1.0),)))),
+        GridPanel(HOSTILE, (HOSTILE,), ((0.5,),)),
+    ]
+    image = svg(HOSTILE, [HOSTILE], panels)
+    assert not elements(image, "script")
+    assert any("<script>" in (element.text or "") for element in elements(image, "text"))
+    assert not re.search(r"[\x00-\x08]", image)
+
+
+def test_points_lie_in_their_panel_and_keep_their_order() -> None:
+    image = svg("t", [], [LinePanel("p", (Line("a", tuple((float(x), float(x * x)) for x in range(5))),))])
+    points = [tuple(map(float, point.split(","))) for point in elements(image, "polyline")[0].attrib["points"].split()]
+    assert len(points) == len(elements(image, "circle")) == 5
+    assert [x for x, _ in points] == sorted(x for x, _ in points)
+    assert [y for _, y in points] == sorted((y for _, y in points), reverse=True)  # up is less in SVG
+    assert all(0 <= x <= 320 and 0 <= y <= 200 for x, y in points)
+
+
+def test_a_logarithmic_panel_leaves_out_what_has_no_logarithm() -> None:
+    line = Line("a", ((0.0, 0.1), (1.0, math.inf), (2.0, 0.0), (3.0, 10.0)))
+    image = svg("t", [], [LinePanel("p", (line,), logarithmic=True)])
+    assert len(elements(image, "circle")) == 2
+    texts = [element.text for element in elements(image, "text")]
+    assert "10" in texts
+    assert "0.1" in texts
+
+
+@pytest.mark.parametrize("points", [(), ((0.0, math.inf),), ((0.0, 0.0),), ((3.0, 2.0), (4.0, 2.0))])
+def test_panels_with_nothing_or_one_value_are_drawn(points: tuple[tuple[float, float], ...]) -> None:
+    for logarithmic in (False, True):
+        ElementTree.fromstring(svg("t", ["note"], [LinePanel("p", (Line("a", points),), logarithmic)]))
+
+
+def test_a_grid_shows_every_value() -> None:
+    image = svg("t", [], [GridPanel("g", ("1", "4"), ((0.1, 0.2), (0.3, 1.0)))])
+    texts = [element.text for element in elements(image, "text")]
+    assert {"0.10", "0.20", "0.30", "1.00"} <= set(texts)
+    assert len(elements(image, "rect")) == 5  # four cells on the ground
+
+
+def test_a_page_holds_the_image_and_loads_nothing(tmp_path: Path) -> None:
+    write_plot(tmp_path / "p.html", "a & b", ["n"], [GridPanel("g", ("1",), ((1.0,),))])
+    page = (tmp_path / "p.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "<svg" in page
+    assert not re.search(r"<script|<link|src=|href=", page)
+
+
+@pytest.mark.parametrize(("name", "what"), [("p.png", r"\.svg or \.html"), ("plot", "without suffix"), ("none/p.svg", "does not exist")])
+def test_paths_that_cannot_be_plots_are_refused(tmp_path: Path, name: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        write_plot(tmp_path / name, "t", [], [])
+    assert not list(tmp_path.iterdir())
