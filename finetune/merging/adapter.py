@@ -1,76 +1,35 @@
-"""An adapter directory as PEFT writes it, read strictly: every tensor and every switch is understood, or the adapter is refused."""
+"""An adapter directory, read strictly: every tensor and every switch is understood, or the adapter is refused."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from finetune.errors import Problem, VerificationError
+from finetune.merging.formats import SHARED_A, SHARED_B, Format, format_of, unsupported
+from finetune.merging.updates import Scaling, Update
 from finetune.model.weights import Weights
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-_PARTS = {
-    ".lora_A.weight": "a",
-    ".lora_B.weight": "b",
-    ".lora_embedding_A": "embedding_a",
-    ".lora_embedding_B": "embedding_b",
-    ".lora_magnitude_vector": "magnitude",
-}
-_USED = {
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "peft_type",
-    "init_lora_weights",
-    "bias",
-}
-_WITHOUT_EFFECT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_dropout",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "target_modules",
-    "task_type",
-}
-_HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
-"""Starts that leave the base as it is. The others (pissa, olora, corda, ...) moved a part of the base into the adapter."""
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankUpdate:
-    """A LoRA on one module: the keys of its tensors and its scale."""
+class Rows:
+    """Trained rows of an embedding or a head."""
 
-    a: str
-    b: str
-    scale: float
-    """s = alpha/r, or alpha/sqrt(r) for rsLoRA."""
-    rank: int
-    magnitude: str | None
-    """DoRA's magnitude, where the adapter has one."""
-    embedding: bool
-    """Whether A is (r, vocabulary) and B (d, r), so that the update is s (BA)^T."""
+    key: str
+    ids: tuple[int, ...]
+    """Row i of the tensor replaces row ids[i] of the weight."""
 
 
 @dataclass(slots=True)
@@ -78,12 +37,16 @@ class Adapter:
     """The tensors of an adapter by what they do; a context manager."""
 
     directory: Path
-    updates: dict[str, LowRankUpdate] = field(default_factory=dict)
+    updates: dict[str, Update] = field(default_factory=dict)
     """By module name in the base model."""
     copies: dict[str, str] = field(default_factory=dict)
     """Whole trained tensors: name in the base model -> key in the adapter."""
+    rows: dict[str, Rows] = field(default_factory=dict)
+    """Trained rows by the name of the weight in the base model."""
+    keeps_tie: bool = False
+    """Whether a tied pair of embedding and head was trained as one parameter, of which the file holds two copies."""
     _weights: Weights = field(init=False)
-    _taken: Counter[str] = field(default_factory=Counter)
+    _taken: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Read the configuration and the names. VerificationError: a feature, a tensor or a file that cannot be merged."""
@@ -91,74 +54,99 @@ class Adapter:
             if (self.directory / name).is_symlink():
                 raise VerificationError(f"{name} is a symbolic link", where=str(self.directory), fix="copy the adapter's files")
         config = _read_config(self.directory / CONFIG)
-        _require_supported(config, self.directory / CONFIG)
+        form = _supported(config, self.directory / CONFIG)
         self._weights = Weights(self.directory, (WEIGHTS,))
         try:
-            self._sort(config)
+            with _located(self._where):
+                self._sort(config, form)
         except BaseException:
             self._weights.close()
             raise
 
-    def _sort(self, config: dict[str, Any]) -> None:
+    @property
+    def _where(self) -> str:
+        return str(self.directory / WEIGHTS)
+
+    def _sort(self, config: Mapping[str, Any], form: Format) -> None:
+        self.keeps_tie = bool(config.get("ensure_weight_tying"))
         parts: dict[str, dict[str, str]] = {}
         unknown = []
         for key in self._weights.info:
             name = key.removeprefix(_PREFIX)
-            suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), None)
-            if not key.startswith(_PREFIX):
-                unknown.append(key)
-            elif suffix:
-                parts.setdefault(name.removesuffix(suffix), {})[_PARTS[suffix]] = key
-            elif any(name.rpartition(".")[0].endswith(saved) for saved in config.get("modules_to_save") or ()):
+            suffix = next((suffix for suffix in form.parts if name.endswith(suffix)), None)
+            if suffix and (key.startswith(_PREFIX) or "format" in config):
+                parts.setdefault(name.removesuffix(suffix), {})[form.parts[suffix]] = key
+            elif key.startswith(_PREFIX) and self._is_saved_copy(name, config):
                 self.copies[name] = key
-            else:
+            elif key not in (SHARED_A, SHARED_B) or config.get("peft_type") != "VERA":
                 unknown.append(key)
         if unknown:
-            raise VerificationError(
-                f"the adapter holds {len(unknown)} tensors of no known use, {unknown[0]} first", where=str(self.directory / WEIGHTS)
-            )
-        self.updates = {module: self._update(module, found, config) for module, found in parts.items()}
-        if not self.updates and not self.copies:
-            raise VerificationError("the adapter is empty", where=str(self.directory / WEIGHTS), fix="train again")
+            raise VerificationError(f"the adapter holds {len(unknown)} tensors of no known use, {unknown[0]} first")
+        for module, keys in parts.items():
+            self._add(module, keys, config, form)
+        self._require_meaningful(config)
 
-    def _update(self, module: str, keys: dict[str, str], config: dict[str, Any]) -> LowRankUpdate:
-        embedding = "embedding_a" in keys
-        expected = {"embedding_a", "embedding_b"} if embedding else {"a", "b"}
-        expected |= {"magnitude"} if config.get("use_dora") else set()
-        if set(keys) != expected:
+    def _is_saved_copy(self, name: str, config: Mapping[str, Any]) -> bool:
+        # beside a tied embedding its head is filed too, which modules_to_save does not list
+        return self.keeps_tie or any(name.rpartition(".")[0].endswith(saved) for saved in config.get("modules_to_save") or ())
+
+    def _add(self, module: str, keys: dict[str, str], config: Mapping[str, Any], form: Format) -> None:
+        """File the parts of ``module`` under what they do."""
+        for part in [part for part in keys if part.startswith(".")]:
+            self.copies[module + part] = keys.pop(part)
+        if "rows" in keys:
+            self.rows[f"{module}.weight"] = self._rows(module, keys.pop("rows"), config)
+        if keys:
+            self.updates[module] = form.update(module, keys, config, self.shape)
+
+    def _rows(self, module: str, key: str, config: Mapping[str, Any]) -> Rows:
+        stated = config.get("trainable_token_indices") or {}
+        ids = next((found for name, found in stated.items() if _ends(module, name)), None) if isinstance(stated, Mapping) else stated
+        if not ids or self.shape(key)[:1] != (len(ids),) or len(set(ids)) != len(ids):
+            raise VerificationError(f"{key} has the shape {self.shape(key)}, against trainable_token_indices {ids}")
+        return Rows(key, tuple(map(int, ids)))
+
+    def _require_meaningful(self, config: Mapping[str, Any]) -> None:
+        """Every switch that is set has its tensors, and there is at least one tensor."""
+        if not self.updates and not self.copies and not self.rows:
+            raise VerificationError("the adapter is empty", fix="train again")
+        stated = config.get("trainable_token_indices") or ()
+        if (len(stated) if isinstance(stated, Mapping) else min(len(stated), 1)) != len(self.rows):
+            raise VerificationError(f"the adapter holds rows for {len(self.rows)} modules, against trainable_token_indices {stated}")
+        if self.keeps_tie and not self.copies:
             raise VerificationError(
-                f"{module} has the parts {sorted(keys)} instead of {sorted(expected)}", where=str(self.directory / WEIGHTS)
+                "the adapter uses ensure_weight_tying, which cannot be merged but for whole copies",
+                fix="merge it with the tool that made it",
             )
-        a, b = (keys["embedding_a"], keys["embedding_b"]) if embedding else (keys["a"], keys["b"])
-        rank, scale = _rank_and_scale(module, config)
-        shapes = self._weights.info[a].shape, self._weights.info[b].shape
-        if len(shapes[0]) != 2 or len(shapes[1]) != 2 or shapes[0][0] != rank or shapes[1][1] != rank:
-            raise VerificationError(
-                f"the factors of {module} have the shapes {shapes}, not rank {rank}", where=str(self.directory / WEIGHTS)
-            )
-        return LowRankUpdate(a, b, scale, rank, keys.get("magnitude"), embedding)
+
+    def touched(self, names: Iterable[str]) -> set[str]:
+        """Those of the weights ``names`` that the adapter changes, and whatever it changes that is not among them."""
+        scaled = {f"{module}.bias" for module, update in self.updates.items() if isinstance(update, Scaling) and not update.of_inputs}
+        return {f"{module}.weight" for module in self.updates} | set(self.copies) | set(self.rows) | (scaled & set(names))
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
+        """Shape of a tensor, without reading it; VerificationError where there is none."""
+        if key not in self._weights.info:
+            raise VerificationError(f"the adapter lacks the tensor {key}", where=self._where)
         return self._weights.info[key].shape
 
-    def take(self, key: str) -> Tensor:
-        """Read a tensor in fp32 for its one use. VerificationError: it holds NaN or infinity, or was taken before."""
-        self._taken[key] += 1
-        if self._taken[key] > 1:
-            raise VerificationError(f"{key} would be merged twice", where=str(self.directory / WEIGHTS))
+    def take(self, key: str, target: str) -> Tensor:
+        """Read a tensor in fp32 for its one use in ``target``. VerificationError: it holds NaN or infinity, or was used there before."""
+        if (key, target) in self._taken:
+            raise VerificationError(f"{key} would be merged twice into {target}", where=self._where)
+        self._taken.add((key, target))
         tensor = self._weights.read(key).float()
         if not tensor.isfinite().all():
-            raise VerificationError(f"{key} holds NaN or infinity", where=str(self.directory / WEIGHTS), fix="use an earlier checkpoint")
+            raise VerificationError(f"{key} holds NaN or infinity", where=self._where, fix="use an earlier checkpoint")
         return tensor
 
     def require_all_taken(self) -> None:
         """VerificationError where a tensor of the adapter was not merged."""
-        left = sorted(set(self._weights.info) - set(self._taken))
+        left = sorted(set(self._weights.info) - {key for key, _ in self._taken})
         if left:
             raise VerificationError(
                 f"{len(left)} adapter tensors found no place in the base model, {left[0]} first",
-                where=str(self.directory / WEIGHTS),
+                where=self._where,
                 fix="merge with the base model that the adapter was trained on",
             )
 
@@ -167,6 +155,21 @@ class Adapter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
         self._weights.close()
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Give every problem inside the block that has no place the place ``where``."""
+    try:
+        yield
+    except VerificationError as error:
+        raise VerificationError.from_problems(
+            problem if problem.where else replace(problem, where=where) for problem in error.problems
+        ) from error
+
+
+def _ends(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -181,28 +184,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _require_supported(config: dict[str, Any], path: Path) -> None:
-    """Refuse every switch whose effect on the weights is not implemented, known or not."""
-    found = []
-    if config.get("peft_type") != "LORA":
-        found.append(f"peft_type {config.get('peft_type')!r}")
-    if config.get("bias", "none") != "none":
-        found.append(f"bias {config['bias']!r}")
-    if config.get("init_lora_weights", True) not in _HARMLESS_INITS:
-        found.append(f"init_lora_weights {config['init_lora_weights']!r}, which changes the base")
-    # PEFT ignores loftq_config without its own init, which is refused above
-    ignored = _USED | _WITHOUT_EFFECT | {"loftq_config"}
-    found += [f"{key} {value!r}" for key, value in sorted(config.items()) if key not in ignored and value]
-    if found:
+def _supported(config: Mapping[str, Any], path: Path) -> Format:
+    """The kind of adapter, once every switch whose effect on the weights is not implemented, known or not, was refused."""
+    found, form = unsupported(config), format_of(config)
+    if found or form is None:
         raise VerificationError.from_problems(
             Problem(f"the adapter uses {feature}, which cannot be merged", str(path), "merge it with the tool that made it")
             for feature in found
         )
-
-
-def _rank_and_scale(module: str, config: dict[str, Any]) -> tuple[int, float]:
-    """Rank and scale of ``module``, with the patterns matched as PEFT matches them."""
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = int(ranks.get(get_pattern_key(list(ranks), module), config["r"]))
-    alpha = float(alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"]))
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return form

@@ -49,18 +49,20 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def write_model_config(destination: Path, config: Mapping[str, Any], dtype: torch.dtype, *, untied: bool) -> None:
-    """The base's config.json with the type of the weights and, where the head was untied, that fact."""
+def write_model_config(destination: Path, config: Mapping[str, Any], dtype: torch.dtype, *, untied: bool, rows: int | None = None) -> None:
+    """The base's config.json with the type of the weights, whether the head was untied, and the vocabulary's ``rows`` where it grew."""
     written = {key: value for key, value in config.items() if key not in _DROPPED}
-    if untied and any(isinstance(value, dict) and "vocab_size" in value for value in written.values()):
+    if (untied or rows) and any(isinstance(value, dict) and "vocab_size" in value for value in written.values()):
         raise VerificationError(
-            "the adapter unties the embeddings of a model with nested configurations, which is not supported",
+            f"the adapter {'unties' if untied else 'enlarges'} embeddings in a model of nested configurations, which is not supported",
             where="config.json",
             fix="train with tuning.embeddings: frozen",
         )
     written["dtype"] = str(dtype).removeprefix("torch.")
     if untied:
         written["tie_word_embeddings"] = False
+    if rows:
+        written["vocab_size"] = rows
     (destination / "config.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -1,11 +1,7 @@
 """Fold an adapter into its base: shard by shard, tensor by tensor, in fp32, without ever holding the model.
 
-For each module with an adapter the merged weight is (W0 stands for the base as it is chosen below)
-
-    LoRA, rsLoRA   W0 + s BA                                     2106.09685, 2312.03732
-    DoRA           m (W0 + s BA) / ||W0 + s BA|| per output row  2402.09353, equation 5
-    embedding      W0 + s (BA)^T; DoRA's norm per column, as PEFT defines it
-    full copy      the trained tensor
+What an adapter does to a weight W0 is in `updates`; a full copy replaces it, and trained rows replace theirs. New tokens get their rows
+first, by the rule of `finetune.model.tokens`.
 
 `dequantized` takes for W0 the values that training computed with: every module that was quantized is quantized and dequantized again, with
 LoftQ's correction where there is one, and everything else is rounded to the type it was loaded with. That is the model that was evaluated.
@@ -26,13 +22,15 @@ from torch import Tensor
 
 from finetune.config.schema import Quantization
 from finetune.errors import VerificationError
-from finetune.merging.adapter import Adapter, LowRankUpdate
+from finetune.merging.adapter import Adapter
 from finetune.merging.companions import copy_companions, read_model_config, write_index, write_model_config
 from finetune.merging.layout import Layout, read_layout
+from finetune.merging.updates import Sides, Update
 from finetune.model.correction import FILE as CORRECTION
 from finetune.model.correction import Corrections
 from finetune.model.quantize import roundtrip
 from finetune.model.shards import ShardWriter, Slot
+from finetune.model.tokens import enlarged
 from finetune.model.weights import Weights
 
 Base = Literal["dequantized", "original"]
@@ -58,6 +56,8 @@ class MergeSource:
     """What the update is added to."""
     loftq: bool = False
     """Whether the run's `tuning.init` was LoftQ, so that `loftq_base.safetensors` must be there."""
+    new_ids: tuple[int, ...] = ()
+    """Ids of the tokens that the run added."""
     device: str = "cpu"
     """Where the arithmetic runs. Quantize where training did if the last bit of the base matters."""
 
@@ -114,6 +114,7 @@ def fold(source: MergeSource, destination: Path, dtype: torch.dtype, progress: C
         _require_fitting(inputs)
         untied = layout.tied and _unties(adapter, layout)
         plan = _plan(inputs, dtype, untied)
+        _settle_tie(inputs)
         destination.mkdir(parents=True, exist_ok=True)
         total, done = sum(map(len, plan.values())), 0
         for file, outputs in plan.items():
@@ -125,9 +126,10 @@ def fold(source: MergeSource, destination: Path, dtype: torch.dtype, progress: C
                         progress(done, total)
         adapter.require_all_taken()
     size = write_index(destination, {file: {name: out.slot for name, out in outputs.items()} for file, outputs in plan.items()})
-    write_model_config(destination, config, dtype, untied=untied)
+    rows = next((output.slot.shape[0] for outputs in plan.values() for name, output in outputs.items() if name == layout.embedding), None)
+    write_model_config(destination, config, dtype, untied=untied, rows=rows if source.new_ids else None)
     copy_companions(source.base_dir, source.adapter_dir, destination)
-    changed = _changed(adapter)
+    changed = {name for outputs in plan.values() for name in outputs} & adapter.touched(weights.info)
     requantized = len(layout.quantized) if source.base == "dequantized" else 0
     return FoldReport(dtype, len(plan), total, len(changed), requantized, untied, size)
 
@@ -148,14 +150,33 @@ def _corrections(source: MergeSource, stack: ExitStack) -> Corrections | None:
     return None
 
 
-def _changed(adapter: Adapter) -> set[str]:
-    """Names of the weights that the adapter touches."""
-    return {f"{module}.weight" for module in adapter.updates} | set(adapter.copies)
-
-
 def _unties(adapter: Adapter, layout: Layout) -> bool:
-    """PEFT trains either side of a tied pair apart from the other, so a change of one unties them."""
-    return bool(_changed(adapter) & {layout.embedding, layout.head})
+    """Whether the head leaves the embedding it was tied to: PEFT trains either side apart from the other, but for copies that it was told
+    to keep equal, and for single rows, which a tied head follows."""
+    pair = {layout.embedding, layout.head}
+    apart = {f"{module}.weight" for module in adapter.updates} | (set() if adapter.keeps_tie else set(adapter.copies))
+    if apart & pair and (set(adapter.rows) & pair or adapter.keeps_tie):
+        raise VerificationError("the adapter changes tied embeddings in two ways at once", fix="merge it with the tool that made it")
+    if layout.head in adapter.rows:
+        raise VerificationError("the adapter trains rows of a head that is tied to the embeddings", fix="train those of the embeddings")
+    return bool(apart & pair)
+
+
+def _settle_tie(inputs: _Inputs) -> None:
+    """Of a tied pair that trained as one, the copies of both sides must be equal, and one of them is written."""
+    adapter, head = inputs.adapter, inputs.layout.head
+    if not adapter.keeps_tie:
+        return
+    pair = [adapter.copies.get(name) for name in (inputs.layout.embedding, head) if name]
+    if not inputs.layout.tied or len(pair) != 2 or pair[0] is None or pair[1] is None:
+        raise VerificationError(
+            "the adapter uses ensure_weight_tying, but does not hold both sides of a tied pair of embedding and head",
+            where=str(inputs.source.adapter_dir),
+            fix="merge it with the tool that made it",
+        )
+    one, other = (adapter.take(key, "the tied pair") for key in pair if key)
+    if not torch.equal(one, other):
+        raise VerificationError("the copies of the tied embedding and head differ", where=str(inputs.source.adapter_dir))
 
 
 def _require_fitting(inputs: _Inputs) -> None:
@@ -168,12 +189,12 @@ def _require_fitting(inputs: _Inputs) -> None:
         raise VerificationError(
             f"the base model lacks {len(missing)} tensors, {missing[0]} first", where=where, fix="download the model again"
         )
-    for name in sorted(_changed(inputs.adapter)):
+    for name in sorted(inputs.adapter.touched(names)):
         shape = _stored_shape(inputs, name)
         given = _adapter_shape(inputs.adapter, name)
-        if shape != given:
+        if shape is None or not _fits(given, shape):
             raise VerificationError(
-                f"the adapter has the shape {given} for {name}, the base {shape or 'no such tensor'}",
+                f"the adapter has the shape {_shown(given)} for {name}, the base {shape or 'no such tensor'}",
                 where=where,
                 fix="merge with the base model that the adapter was trained on",
             )
@@ -185,17 +206,37 @@ def _require_fitting(inputs: _Inputs) -> None:
 
 
 def _stored_shape(inputs: _Inputs, name: str) -> tuple[int, ...] | None:
+    """Shape of ``name`` with the rows of new tokens; None where the base has no such tensor."""
     layout, info = inputs.layout, inputs.weights.info
     source = layout.embedding if layout.tied and name == layout.head and name not in info else name
-    return info[source].shape if source in info else None
+    if source not in info:
+        return None
+    return _with_new_rows(inputs, name, info[source].shape)
 
 
-def _adapter_shape(adapter: Adapter, name: str) -> tuple[int, ...]:
+def _with_new_rows(inputs: _Inputs, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    ids = inputs.source.new_ids
+    return (max(shape[0], ids[-1] + 1), *shape[1:]) if ids and name in (inputs.layout.embedding, inputs.layout.head) else shape
+
+
+def _adapter_shape(adapter: Adapter, name: str) -> tuple[int | None, ...]:
+    """The shape that the adapter's tensors for ``name`` ask for, None where any number will do."""
     if name in adapter.copies:
         return adapter.shape(adapter.copies[name])
-    update = adapter.updates[name.removesuffix(".weight")]
-    d_out, d_in = adapter.shape(update.b)[0], adapter.shape(update.a)[1]
-    return (d_in, d_out) if update.embedding else (d_out, d_in)
+    if name in adapter.rows:
+        # rows cannot be more than the weight has: that is checked where they are put in
+        return None, adapter.shape(adapter.rows[name].key)[1]
+    module, _, part = name.rpartition(".")
+    sides: Sides = adapter.updates[module].sides(adapter.shape)
+    return sides if part == "weight" else sides[:1]
+
+
+def _fits(given: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
+    return len(given) == len(shape) and all(side in (None, length) for side, length in zip(given, shape, strict=True))
+
+
+def _shown(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("any" if side is None else str(side) for side in shape) + ")"
 
 
 def _plan(inputs: _Inputs, dtype: torch.dtype, untied: bool) -> dict[str, dict[str, _Output]]:
@@ -203,7 +244,7 @@ def _plan(inputs: _Inputs, dtype: torch.dtype, untied: bool) -> dict[str, dict[s
     layout = inputs.layout
     plan: dict[str, dict[str, _Output]] = {file: {} for file in inputs.weights.files}
     for name, info in inputs.weights.info.items():
-        slot = Slot(info.shape, dtype if info.dtype.is_floating_point else info.dtype)
+        slot = Slot(_with_new_rows(inputs, name, info.shape), dtype if info.dtype.is_floating_point else info.dtype)
         plan[info.file][name] = _Output(name, slot)
         if untied and name == layout.embedding and layout.head and layout.head not in inputs.weights.info:
             plan[info.file][layout.head] = _Output(name, slot)
@@ -213,52 +254,68 @@ def _plan(inputs: _Inputs, dtype: torch.dtype, untied: bool) -> dict[str, dict[s
 @torch.no_grad()
 def _merged(inputs: _Inputs, name: str, source: str) -> Tensor:
     """The tensor ``name`` of the output: ``source`` of the base with what the adapter does to it."""
-    adapter = inputs.adapter
-    module = name.removesuffix(".weight")
+    adapter, layout = inputs.adapter, inputs.layout
     if name in adapter.copies:
-        return adapter.take(adapter.copies[name])
+        return adapter.take(adapter.copies[name], name)
     stored = inputs.weights.read(source)
-    update = adapter.updates.get(module) if name.endswith(".weight") else None
-    if not stored.is_floating_point() or (update is None and module not in inputs.layout.quantized):
+    module, _, part = name.rpartition(".")
+    touched = name in adapter.touched([name])
+    enlarges = bool(inputs.source.new_ids) and name in (layout.embedding, layout.head)
+    quantized = part == "weight" and module in layout.quantized
+    if not stored.is_floating_point() or not (touched or enlarges or quantized):
         return stored.to(inputs.source.compute_dtype) if stored.is_floating_point() and inputs.source.base == "dequantized" else stored
-    values = _base_values(inputs, module, stored)
-    if update is None:
-        return values
-    return _updated(inputs, values, module, update)
+    values = _base_values(inputs, name, stored, quantized=quantized)
+    if name in adapter.rows:
+        return _with_rows(inputs, name, values)
+    return _updated(inputs, name, values, adapter.updates[module]) if touched else values
 
 
-def _base_values(inputs: _Inputs, module: str, stored: Tensor) -> Tensor:
-    """W0 of ``module``, fp32 on the device: what training computed with, or the original."""
+def _base_values(inputs: _Inputs, name: str, stored: Tensor, *, quantized: bool) -> Tensor:
+    """W0 of ``name``, fp32 on the device: what training computed with, or the original; with the rows of new tokens."""
     source, corrections = inputs.source, inputs.corrections
+    module = name.removesuffix(".weight")
     stored = stored.to(source.device)
-    if source.base == "original":
-        return stored.float().clone()
-    if module not in inputs.layout.quantized:
-        return stored.to(source.compute_dtype).float().clone()
+    if not quantized or source.base == "original":
+        loaded = stored if source.base == "original" else stored.to(source.compute_dtype)
+        if name in (inputs.layout.embedding, inputs.layout.head):
+            loaded = enlarged(loaded, source.new_ids)
+        return loaded.float().clone()
     if corrections is not None and module in corrections.modules:
         base = corrections.read(module).base
         stored = base.added_to(stored, -1.0) if base is not None else stored
     return roundtrip(stored, source.quantization, source.compute_dtype, source.device)
 
 
-def _updated(inputs: _Inputs, values: Tensor, module: str, update: LowRankUpdate) -> Tensor:
-    """``values`` (d_out, d_in) with the adapter's update, in place."""
-    a, b = (inputs.adapter.take(key).to(values.device) for key in (update.a, update.b))
-    left, right = (a.T, b.T) if update.embedding else (b, a)
-    values.addmm_(left, right, alpha=update.scale)
-    corrections = inputs.corrections
-    if inputs.source.base == "original" and corrections is not None and module in corrections.modules:
-        values = corrections.read(module).start.added_to(values, -1.0)
-    if update.magnitude is not None:
-        along = 0 if update.embedding else 1
-        norms = torch.linalg.vector_norm(values, dim=along, keepdim=True)
-        magnitude = inputs.adapter.take(update.magnitude).to(values.device)
-        if magnitude.numel() != norms.numel():
-            raise VerificationError(
-                f"the magnitudes of {module} have the shape {tuple(magnitude.shape)}", where=str(inputs.source.adapter_dir)
-            )
-        values.mul_(magnitude.reshape(norms.shape) / norms)
+def _with_rows(inputs: _Inputs, name: str, values: Tensor) -> Tensor:
+    """``values`` (vocabulary, d) with the adapter's rows in place of its own, rounded as the adapter model rounds them."""
+    source, rows = inputs.source, inputs.adapter.rows[name]
+    if max(rows.ids) >= len(values):
+        raise VerificationError(
+            f"the adapter has a row {max(rows.ids)} for {name}, which has {len(values)}",
+            where=str(source.adapter_dir),
+            fix="merge with the run's own config, whose model.new_tokens enlarge the vocabulary",
+        )
+    trained = inputs.adapter.take(rows.key, name).to(values.device)
+    values[list(rows.ids)] = trained.to(source.compute_dtype).float() if source.base == "dequantized" else trained
     return values
+
+
+def _updated(inputs: _Inputs, name: str, values: Tensor, update: Update) -> Tensor:
+    """``values`` with the adapter's update: a weight (d_out, d_in), or a bias (d_out,) that is scaled with its outputs."""
+    module, _, part = name.rpartition(".")
+
+    def take(key: str) -> Tensor:
+        return inputs.adapter.take(key, name).to(values.device)
+
+    def corrected(found: Tensor) -> Tensor:
+        corrections = inputs.corrections
+        if inputs.source.base == "original" and corrections is not None and module in corrections.modules:
+            return corrections.read(module).start.added_to(found, -1.0)
+        return found
+
+    if part == "bias":
+        return update.on_weight(values[:, None], take, lambda found: found)[:, 0]
+    return update.on_weight(values, take, corrected)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.vera.layer import VeraLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor
 
 from finetune.errors import VerificationError
+from finetune.model.bias import TrainedBias
 from finetune.model.quantize import dequantized, is_quantized
 from finetune.model.weights import Weights
 
@@ -30,11 +38,15 @@ def require_identity(model: Any, directory: Path, compute_dtype: torch.dtype) ->
     ``directory`` is merged onto the dequantized base. VerificationError where the error of one exceeds the rounding of its type.
     """
     worst = 0.0
+    seen: set[int] = set()
     with Weights.of_model(directory) as weights:
         for name, live in _live_weights(model, compute_dtype):
+            if name not in weights.info and live.data_ptr() in seen:
+                continue  # a tied pair that trained as one is written once
+            seen.add(live.data_ptr())
             written = weights.read(name)
             difference = written.to(live.device).float() - live.to(written.dtype).float()
-            error = float(difference.norm() / live.norm().clamp_min(1e-30))
+            error = float(difference.norm() / live.float().norm().clamp_min(1e-30))
             if not error <= _TOLERANCE[written.dtype]:
                 raise VerificationError(
                     f"{name} differs from the adapter model's weight by {error:.2g} of its norm",
@@ -46,23 +58,49 @@ def require_identity(model: Any, directory: Path, compute_dtype: torch.dtype) ->
 
 
 def _live_weights(model: Any, compute_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Name in the merged model and value, fp32, of everything the adapter touches."""
-    for name, module in model.get_base_model().named_modules():
-        if hasattr(module, "get_delta_weight") and _ADAPTER in module.scaling:
-            yield f"{name}.weight", _effective(module, compute_dtype)
-        elif _ADAPTER in getattr(module, "modules_to_save", {}):
-            for part, tensor in module.modules_to_save[_ADAPTER].state_dict().items():
-                yield f"{name}.{part}", tensor.float()
+    """Name in the merged model and value of everything the adapter touches."""
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, module in core.named_modules():
+        match module:
+            case LoraLayer() | AdaLoraLayer() | VeraLayer():
+                yield f"{name}.weight", _updated(module, compute_dtype)
+            case IA3Layer():
+                yield from ((f"{name}.{part}", value) for part, value in _scaled(module, compute_dtype).items())
+            case LNTuningLayer():
+                yield from ((f"{name}.{part}", value) for part, value in module.ln_tuning_layers[_ADAPTER].state_dict().items())
+            case ModulesToSaveWrapper() if _ADAPTER in module.modules_to_save:
+                yield from ((f"{name}.{part}", value) for part, value in module.modules_to_save[_ADAPTER].state_dict().items())
+            case TrainableTokensWrapper() if module.token_adapter.tied_adapter is None:
+                yield f"{name}.weight", module.token_adapter.get_merged_weights([_ADAPTER])
+            case TrainedBias():
+                yield f"{name.rpartition('.')[0]}.bias", module.bias
 
 
-def _effective(layer: Any, compute_dtype: torch.dtype) -> Tensor:
-    """What a LoRA layer multiplies by."""
+def _base_weight(layer: Any, compute_dtype: torch.dtype) -> Tensor:
+    """What the layer's base multiplies by, fp32."""
     base = layer.get_base_layer()
-    values = dequantized(base).to(compute_dtype) if is_quantized(base) else base.weight
-    total: Tensor = values.float() + layer.get_delta_weight(_ADAPTER).float()
-    magnitudes = layer.lora_magnitude_vector
+    values: Tensor = dequantized(base).to(compute_dtype) if is_quantized(base) else base.weight
+    return values.float()
+
+
+def _updated(layer: Any, compute_dtype: torch.dtype) -> Tensor:
+    """What a layer with a LoRA, AdaLoRA or VeRA multiplies by, by PEFT's formula where it has one."""
+    if isinstance(layer, AdaLoraLayer):
+        # PEFT's 4-bit layer can compute its update only together with its input
+        factors: Tensor = layer.lora_B[_ADAPTER] @ (layer.lora_A[_ADAPTER] * layer.lora_E[_ADAPTER])
+        scale: Tensor = layer.scaling[_ADAPTER] / (layer.ranknum[_ADAPTER] + 1e-5)
+        return _base_weight(layer, compute_dtype) + factors * scale
+    total: Tensor = _base_weight(layer, compute_dtype) + layer.get_delta_weight(_ADAPTER).float()
+    magnitudes = getattr(layer, "lora_magnitude_vector", None)
     if magnitudes is not None and _ADAPTER in magnitudes:
         along = 0 if _ADAPTER in layer.lora_embedding_A else 1
         norms = total.norm(dim=along, keepdim=True)
         total = total * (magnitudes[_ADAPTER].weight.float().reshape(norms.shape) / norms)
     return total
+
+
+def _scaled(layer: Any, compute_dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weight and, where outputs are scaled, bias of a layer with IA3."""
+    scales, bias = layer.ia3_l[_ADAPTER].float(), getattr(layer.get_base_layer(), "bias", None)
+    found = {"weight": _base_weight(layer, compute_dtype) * scales}
+    return found if layer.is_feedforward or bias is None else found | {"bias": bias.float() * scales[:, 0]}

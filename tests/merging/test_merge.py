@@ -301,7 +301,7 @@ def test_a4_b9_c1_damage_is_refused_and_leaves_nothing(make: Make, tmp_path: Pat
 @pytest.mark.parametrize(
     "features",
     [
-        {"peft_type": "VERA"},
+        {"peft_type": "PROMPT_TUNING"},
         {"trainable_token_indices": [3]},
         {"lora_bias": True},
         {"bias": "all"},
