@@ -70,11 +70,15 @@ class Tally:
     dropped: int = 0
     truncated: int = 0
     split: int = 0
+    longest_row: int = 0
+    """Tokens of the longest conversation as it was read; documents, which are always cut, do not count."""
 
     def add(self, other: Tally) -> None:
         """Add the figures of ``other``."""
+        longest = max(self.longest_row, other.longest_row)
         for column in fields(self):
             setattr(self, column.name, getattr(self, column.name) + getattr(other, column.name))
+        self.longest_row = longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,8 @@ class Worker:
     def _pieces(self, row: int, record: Record, example: Example | DataError, tally: Tally) -> list[_Placed]:
         if isinstance(example, DataError):
             raise example
+        if not isinstance(record, Text):
+            tally.longest_row = max(tally.longest_row, len(example.ids))
         if len(example.ids) <= self.data.max_tokens:
             return [_Placed(row, Piece(example, record), record, example)]
         pieces = shorten(record, example, self.data, self.renderer)
