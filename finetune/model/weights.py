@@ -21,8 +21,8 @@ from finetune.errors import VerificationError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_MAPPED_BYTES = 256 * 1024 * 1024
-"""Bytes read from a file before it is mapped anew."""
+_MAPPED_BYTES = 32 * 1024 * 1024
+"""Bytes read from a file before it is mapped anew: what reading a model layer by layer may add to the process's memory."""
 
 _DTYPES = {
     "F64": torch.float64,
