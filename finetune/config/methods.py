@@ -56,7 +56,7 @@ FACTS: Mapping[type[Tuning], Facts] = {
     Prompt: Facts(frozenset()),
     Prefix: Facts(frozenset()),
     Norm: Facts(frozenset({"norms"}), matrices=False),
-    Bitfit: Facts(_LAYERS | {"norms"}, frozenset(), "trains biases inside the weights' own layers", matrices=False),
+    Bitfit: Facts(_LAYERS | {"norms"}, matrices=False),
     Houlsby: Facts(_LAYERS),
     Full: Facts(_LAYERS | {"embeddings", "lm_head", "norms"}, frozenset(), "trains every weight"),
 }

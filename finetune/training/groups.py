@@ -90,7 +90,8 @@ def _matches(entry: str, name: str) -> bool:
 
 
 def _decays(entry: str, optimizer: Optimizer, name: str, parameter: torch.nn.Parameter) -> bool:
-    if parameter.ndim >= 2 and not {"magnitudes", "norms"} & set(roles_of(name)):
+    # IA3's scales are columns and rows of one element; decay would pull them from one to zero
+    if parameter.ndim >= 2 and ".ia3_l." not in name and not {"magnitudes", "norms"} & set(roles_of(name)):
         return True
     return entry not in _PLACES and optimizer.groups[entry].weight_decay is not None
 

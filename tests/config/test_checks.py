@@ -161,7 +161,6 @@ CASES: list[tuple[str, dict[str, str], str, str]] = [
     ),
     ("head as target of another method", {"tuning": "{method: adalora, targets: [lm_head]}"}, "no adapter can go to `lm_head`", "lm_head"),
     ("spectrum in a list", {"tuning": "{method: lora, targets: [spectrum]}"}, "no adapter can go to `spectrum`", "spectrum"),
-    ("bitfit on nf4", {"tuning": "{method: bitfit}", "quantization": "{method: nf4}"}, "nf4 weights cannot be trained", "bitfit"),
     ("AdaLoRA that would grow", {"tuning": "{method: adalora, rank: 8, init_rank: 4}"}, "4 is below 8", "init_rank"),
     (
         "AdaLoRA without a step to prune",

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from finetune.config.schema import AdaLora, FourBit, NoQuantization, Prefix, Prompt, Quantization, Tuning
+from finetune.config.schema import AdaLora, EightBit, FourBit, NoQuantization, Prefix, Prompt, Quantization, Tuning
 from finetune.errors import ConfigError, VerificationError
 from finetune.model.adalora import add_penalty, load_rank_state, plan_ranks, pruned_whole, rank_state, update_ranks
 from finetune.model.adapters import WEIGHTS, attach, is_adapter, load, read_into, save, switched_off, trainable
@@ -25,6 +25,8 @@ from finetune.model.virtual import virtual_tokens
 
 Llama = Callable[..., Path]
 CPU = torch.device("cpu")
+PLAIN = NoQuantization()
+BASES = {"none": PLAIN, "nf4": FourBit(method="nf4"), "int8": EightBit(method="int8")}
 IDS = torch.randint(0, 97, (3, 12), generator=torch.Generator().manual_seed(1))
 ROWS = (IDS, torch.ones_like(IDS), torch.ones_like(IDS, dtype=torch.bool))
 
@@ -55,11 +57,11 @@ def section(name: str) -> Tuning:
     return tuning
 
 
-def base(llama: Llama, quantization: Quantization = NoQuantization(), dtype: torch.dtype = torch.float32) -> Any:
+def base(llama: Llama, quantization: Quantization = PLAIN, dtype: torch.dtype = torch.float32) -> Any:
     return load_base(llama(dtype=torch.bfloat16), quantization, dtype, CPU)
 
 
-def attached(llama: Llama, name: str, quantization: Quantization = NoQuantization(), dtype: torch.dtype = torch.float32) -> Any:
+def attached(llama: Llama, name: str, quantization: Quantization = PLAIN, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     model = attach(base(llama, quantization, dtype), section(name), Given(seed=3))
     if name == "adalora":
@@ -123,7 +125,7 @@ def test_a11_every_tensor_gets_a_gradient_and_changes(llama: Llama, name: str) -
     assert still <= (pruned_whole(model) if name == "adalora" else set())
 
 
-@pytest.mark.parametrize("quantization", [NoQuantization(), FourBit(method="nf4")], ids=["none", "nf4"])
+@pytest.mark.parametrize("quantization", BASES.values(), ids=BASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a4_a_loaded_adapter_is_the_trained_one(
@@ -333,7 +335,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("quantization", [NoQuantization(), FourBit(method="nf4")], ids=["none", "nf4"])
+@pytest.mark.parametrize("quantization", BASES.values(), ids=BASES)
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=["fp32", "bf16"])
 def test_bitfit_trains_biases_and_comes_back(
     qwen: Path, tmp_path: Path, quantization: Quantization, dtype: torch.dtype, rounding: float
@@ -368,7 +370,7 @@ def test_bitfit_without_biases_offers_norms_and_their_number(llama: Llama) -> No
     assert f"({METHODS['norm'][1]:,} parameters)" in caught.value.problems[0].fix
 
 
-def test_norm_leaves_the_shifts_of_layer_norms_alone(qwen: Path) -> None:
+def test_norm_leaves_the_shifts_of_layer_norms_alone() -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
