@@ -58,11 +58,14 @@ class Encoder:
         """Finds a special token in a text."""
         return control_pattern(self.control.values())
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """One call of the tokenizer, without special tokens of its own."""
-        if not texts:
-            return []
-        return [Encoded(found.ids, found.offsets) for found in self._backend.encode_batch(texts, add_special_tokens=False)]
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """One call of the tokenizer for all texts, without special tokens of its own."""
+        return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
+
+    def places(self, text: str) -> Encoded:
+        """One text with the place of every token in it, which costs about a quarter more."""
+        found = self._backend.encode(text, add_special_tokens=False)
+        return Encoded(found.ids, found.offsets)
 
     def document(self, ids: list[int]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
         """Ids and mask (t,) of a document: with the special tokens that the tokenizer adds, and its end marked."""

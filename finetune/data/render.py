@@ -15,9 +15,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from finetune.data.content import control_pattern, locate, refuse_control_tokens, refuse_half_characters, written
-from finetune.data.encoding import Encoded, Encoder
+from finetune.data.encoding import Encoder
+from finetune.data.labels import Draft, Labels
 from finetune.data.records import Conversation, Message, Record, Text
-from finetune.data.turns import Answer, Chat, Turns
+from finetune.data.turns import Chat, Turns
 from finetune.errors import DataError
 
 Supervise = Literal["assistant", "last-turn", "all"]
@@ -42,19 +43,6 @@ class Example:
         if sys.byteorder == "big":
             ids.byteswap()
         return hashlib.sha256(ids.tobytes() + bytes(self.mask)).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """A record as text, before it is tokenized."""
-
-    record: Record
-    text: str
-    chat: Chat | None = None  # none for a document
-    everything: bool = False  # all but `ignored` carries loss
-    learned: tuple[Answer, ...] = ()  # else these
-    ignored: tuple[tuple[int, int], ...] = ()  # characters
-    words: Sequence[tuple[int, int]] = ()  # characters of what the row says, to be free of control tokens
 
 
 class Renderer:
@@ -90,9 +78,9 @@ class Renderer:
     def prompt(self, messages: Sequence[Message], where: str = "prompt", tools: Sequence[Mapping[str, Any]] = ()) -> tuple[int, ...]:
         """Ids that ask for the next assistant turn, as at inference."""
         refuse_control_tokens(written(messages, tools), self._forbidden, where)
-        text = self._turns(bool(tools)).text(messages, tools, ask=True, where=where)
+        text = self._turns(bool(tools), where).text(messages, tools, ask=True, where=where)
         refuse_half_characters(text, where)
-        ids = self._encoder.encode([text])[0].ids
+        ids = self._encoder.ids([text])[0]
         self._require_one_bos(ids, where)
         return tuple(ids)
 
@@ -106,10 +94,10 @@ class Renderer:
     def examples(self, records: Sequence[Record], supervise: Supervise = "assistant") -> list[Example | DataError]:
         """`example` of each record, in order, with one call of the tokenizer; a record that cannot be used gives its error instead."""
         drafts = [self._try_draft(record, supervise) for record in records]
-        encoded = iter(self._encoder.encode([draft.text for draft in drafts if isinstance(draft, _Draft)]))
+        encoded = iter(self._encoder.ids([draft.text for draft in drafts if isinstance(draft, Draft)]))
         return [draft if isinstance(draft, DataError) else self._try_finish(draft, next(encoded)) for draft in drafts]
 
-    def _try_draft(self, record: Record, supervise: Supervise) -> _Draft | DataError:
+    def _try_draft(self, record: Record, supervise: Supervise) -> Draft | DataError:
         try:
             draft = self._document(record) if isinstance(record, Text) else self._conversation(record, supervise)
             refuse_half_characters(draft.text, record.where)
@@ -117,89 +105,37 @@ class Renderer:
             return error
         return draft
 
-    def _try_finish(self, draft: _Draft, encoded: Encoded) -> Example | DataError:
+    def _try_finish(self, draft: Draft, ids: list[int]) -> Example | DataError:
         try:
-            return self._finish(draft, encoded)
+            return self._finish(draft, ids)
         except DataError as error:
             return error
 
-    def _document(self, record: Text) -> _Draft:
+    def _document(self, record: Text) -> Draft:
         refuse_control_tokens((record.text,), self._encoder.forbidden, record.where)
-        return _Draft(record, record.text)
+        return Draft(record, record.text)
 
-    def _conversation(self, record: Conversation, supervise: Supervise) -> _Draft:
+    def _conversation(self, record: Conversation, supervise: Supervise) -> Draft:
         refuse_control_tokens(written(record.messages, record.tools), self._forbidden, record.where)
-        turns = self._turns(bool(record.tools))
+        turns = self._turns(bool(record.tools), record.where)
         if supervise == "all":
             chat = turns.whole(record)
-            return _Draft(record, chat.text, chat, everything=True, ignored=_ignored(record, chat), words=locate(record, chat))
+            return Draft(record, chat.text, everything=True, ignored=_ignored(record, chat), words=locate(record, chat))
         chat = turns.chat(record)
         learned = chat.answers[-1:] if supervise == "last-turn" else chat.answers
-        learned = tuple(answer for answer in learned if record.messages[answer.number].supervised)
-        return _Draft(record, chat.text, chat, learned=learned, words=locate(record, chat))
+        learned = tuple([answer for answer in learned if record.messages[answer.number].supervised])
+        return Draft(record, chat.text, chat.prompt, learned=learned, words=locate(record, chat))
 
-    def _finish(self, draft: _Draft, encoded: Encoded) -> Example:
-        ids, where = encoded.ids, draft.record.where
-        if draft.chat is None:
+    def _finish(self, draft: Draft, ids: list[int]) -> Example:
+        where = draft.record.where
+        if isinstance(draft.record, Text):
             example = Example(*self._encoder.document(ids), where)
         else:
             self._require_one_bos(ids, where)
-            self._refuse_joined_tokens(draft, encoded)
-            example = Example(tuple(ids), tuple(self._mask(draft, encoded)), where)
+            example = Example(tuple(ids), tuple(self._labels.mask(draft, ids)), where)
         if True not in example.mask:
             raise DataError("no token of this row carries loss", where=where, fix="give it an answer, or remove it")
         return example
-
-    def _mask(self, draft: _Draft, encoded: Encoded) -> list[bool]:
-        mask = [draft.everything] * len(encoded.ids)
-        for start, end in draft.ignored:
-            first, last = encoded.tokens(start, end)
-            mask[first:last] = [False] * (last - first)
-        for answer in draft.learned:
-            first, last = self._learned_tokens(draft, answer, encoded)
-            mask[first:last] = [True] * (last - first)
-        mask[:1] = [False]
-        return mask
-
-    def _learned_tokens(self, draft: _Draft, answer: Answer, encoded: Encoded) -> tuple[int, int]:
-        """First and last + 1 of an answer's tokens; DataError where they do not begin after the prompt's (A5) or end the turn (A3)."""
-        first, last = encoded.tokens(answer.start, answer.end)
-        asked = self._asking_ids if draft.chat is not None and draft.chat.after_prompt else ()
-        if (first and encoded.offsets[first - 1][1] > answer.start) or tuple(encoded.ids[max(first - len(asked), 0) : first]) != asked:
-            raise DataError(
-                "the start of an assistant's text melts into one token with the prompt before it, which the model will never be asked with",
-                where=f"{draft.record.where} message {answer.number + 1}",
-                fix="remove the space or line break that the text begins with",
-            )
-        if last <= first or encoded.ids[last - 1] not in self._structure:
-            raise DataError(
-                "an assistant turn does not end with an end-of-turn token, so the model would never learn to stop",
-                where=draft.record.where,
-                fix="use a chat template that closes each turn with a special token",
-            )
-        return first, last
-
-    def _refuse_joined_tokens(self, draft: _Draft, encoded: Encoded) -> None:
-        """The row's words hold no control token; nor may they complete one together with what the template writes beside them."""
-        for start, end in draft.words:
-            first, last = encoded.tokens(start, end)
-            first -= bool(first and encoded.offsets[first - 1][1] > start)
-            if not self._structure.isdisjoint(encoded.ids[first:last]) and not self._stands_clean(draft, start, end, encoded):
-                raise DataError(
-                    "the text becomes part of a control token together with what the chat template writes beside it",
-                    where=draft.record.where,
-                    fix=f"remove {draft.text[max(start, end - 20) : end]!r}, or the row",
-                )
-
-    def _stands_clean(self, draft: _Draft, start: int, end: int, encoded: Encoded) -> bool:
-        """Whether the words were found in the template's own markup (an answer `user` in the header of a turn) and stand elsewhere too."""
-        words = draft.text[start:end]
-        while (start := draft.text.find(words, start + 1)) >= 0:
-            first, last = encoded.tokens(start, start + len(words))
-            first -= bool(first and encoded.offsets[first - 1][1] > start)
-            if self._structure.isdisjoint(encoded.ids[first:last]):
-                return True
-        return False
 
     def _require_one_bos(self, ids: Sequence[int], where: str) -> None:
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
@@ -213,11 +149,11 @@ class Renderer:
     def _compiled(self) -> dict[str, Turns]:
         return {}
 
-    def _turns(self, with_tools: bool = False) -> Turns:
+    def _turns(self, with_tools: bool = False, where: str = "tokenizer") -> Turns:
         """The compiled template; some tokenizers have a second one for conversations with tools."""
         if not self.tokenizer.chat_template:
             raise DataError(
-                "the tokenizer has no chat template", where="tokenizer", fix="use an instruction-tuned model, or rows with a `text` column"
+                "the tokenizer has no chat template", where=where, fix="use an instruction-tuned model, or rows with a `text` column"
             )
         source = str(self.tokenizer.get_chat_template(tools=[{}] if with_tools else None))
         if source not in self._compiled:
@@ -225,15 +161,13 @@ class Renderer:
         return self._compiled[source]
 
     @cached_property
-    def _asking_ids(self) -> tuple[int, ...]:
-        """The generation prompt's tokens, where a control token cuts them off from what stands before; else empty."""
-        ids = tuple(self._encoder.encode([self._turns().generation_prompt])[0].ids)
-        return ids if ids and ids[0] in self._structure else ()
+    def _labels(self) -> Labels:
+        return Labels(self._encoder, self._structure)
 
     @cached_property
-    def _structure(self) -> frozenset[int]:
+    def _structure(self) -> dict[int, str]:
         """Special tokens, and added ones that are not marked special but frame this template's turns."""
-        return frozenset(self._encoder.control) | frozenset(self._frame[0])
+        return self._encoder.control | self._frame[0]
 
     @cached_property
     def _frame(self) -> tuple[dict[int, str], int | None]:
@@ -243,15 +177,14 @@ class Renderer:
             texts = [self._turns().text(turns[:1]), self._turns().text(turns).rstrip()]
         except DataError:  # no template, or one that takes no such conversation
             return {}, None
-        question, answer = (encoded.ids for encoded in self._encoder.encode(texts))
+        question, answer = self._encoder.ids(texts)
         added = {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()}
-        return {number: added[number] for number in (*question, *answer[-1:]) if number in added}, next(
-            (number for number in answer[-1:] if number in added), None
-        )
+        closing = answer[-1] if answer and answer[-1] in added else None
+        return {number: added[number] for number in (*question, *answer[-1:]) if number in added}, closing
 
     @cached_property
     def _forbidden(self) -> re.Pattern[str] | None:
-        return control_pattern((*self.control_tokens, *self._frame[0].values()))
+        return control_pattern(self._structure.values())
 
 
 def _ignored(record: Conversation, chat: Chat) -> tuple[tuple[int, int], ...]:

@@ -19,7 +19,7 @@ from jinja2 import pass_eval_context
 from jinja2.exceptions import SecurityError
 from jinja2.filters import do_join, do_replace, make_attrgetter
 from jinja2.nodes import EvalContext
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 
 from finetune.data.meter import Meter
@@ -47,6 +47,7 @@ _STRING_METHODS = frozenset((
 # fmt: on
 _PADDING_METHODS = frozenset(("center", "ljust", "rjust", "zfill"))
 
+_LOOP_ATTRIBUTES = frozenset(("first", "index", "index0", "last", "length", "nextitem", "previtem", "revindex", "revindex0"))
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _PERCENT_FIELD = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?")
 
@@ -73,7 +74,7 @@ class _Formatter(SandboxedFormatter):
 class Sandbox(ImmutableSandboxedEnvironment):
     """The environment that transformers compiles chat templates in, with prices. One rendering at a time: the meter is shared."""
 
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    intercepted_binops = frozenset(("*", "**", "%"))  # `+` and `~` are rewritten by finetune.data.template
 
     def __init__(self) -> None:
         self.meter = Meter()
@@ -90,6 +91,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """As the parent's; without an exception for `message.role`, the commonest of all."""
         if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if type(obj) is LoopContext and attribute in _LOOP_ATTRIBUTES:
+            return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - a template may pass `self=`
@@ -110,10 +113,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Pay for the result's size before it is made."""
         match operator:
-            case "+":
-                self.meter.touch(left)
-                self.meter.touch(right)
-                return left + right
             case "*":
                 self._pay_product(left, right)
             case "**":

@@ -8,8 +8,7 @@ with the conversation, not with its square. The same calls keep the budget (`fin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Template, TemplateError, nodes, pass_context
 from jinja2.runtime import Context
@@ -27,18 +26,12 @@ _BUDGET_PER_CHARACTER = 100  # of the conversation: templates that compare every
 _LONGEST_FACTOR = 20  # characters of output for each of input, beside _BASE_BUDGET
 
 
-@dataclass(frozen=True, slots=True)
-class Rendered:
+class Rendered(NamedTuple):
     """A conversation as text."""
 
     text: str
-    starts: tuple[int, ...] | None
-    """Characters before each message, never decreasing; None where the template does not go through the messages in order."""
-
-    def region(self, number: int) -> tuple[int, int]:
-        """From where message ``number`` begins to where the next one does, in characters."""
-        starts = self.starts or ()
-        return starts[number], starts[number + 1] if number + 1 < len(starts) else len(self.text)
+    regions: tuple[tuple[int, int], ...] | None
+    """Characters of each message with its header, up to the next; None where the template does not go through the messages in order."""
 
 
 class ChatTemplate:
@@ -52,13 +45,14 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, ask: bool, where: str) -> Rendered:
         """The text, asking for the next assistant turn if ``ask``; DataError where the template refuses, fails or does not end."""
         meter = self._sandbox.meter
-        size = sum(_characters(message) for message in messages) + sum(map(_characters, tools))
+        size = sum(map(_characters, messages)) + sum(map(_characters, tools))
         meter.start(_BASE_BUDGET + _BUDGET_PER_CHARACTER * size, messages)
         try:
             text = self._write(messages, list(tools) or None, ask, _BASE_BUDGET + _LONGEST_FACTOR * size)
         except (TemplateError, *_FAULTS) as error:
             raise _refusal(error, where) from error
-        return Rendered(text, _starts(meter.seen, len(messages)))
+        starts = _starts(meter.seen, len(messages))
+        return Rendered(text, None if starts is None else tuple(zip(starts, (*starts[1:], len(text)), strict=True)))
 
     def _write(self, messages: Sequence[Mapping[str, Any]], tools: list[Mapping[str, Any]] | None, ask: bool, longest: int) -> str:
         given = {**self._variables, "messages": list(messages), "tools": tools, "add_generation_prompt": ask}
@@ -104,11 +98,11 @@ def _refusal(error: BaseException, where: str) -> DataError:
 
 
 def _characters(value: object) -> int:
-    """About how much there is to write of ``value``."""
+    """About how much there is to write of ``value``: a message, most often."""
     if isinstance(value, str):
         return len(value) + 8
-    if isinstance(value, Mapping):
-        return 8 + sum(_characters(key) + _characters(item) for key, item in value.items())
+    if isinstance(value, dict):
+        return 16 + sum([len(item) if type(item) is str else _characters(item) for item in value.values()])
     return 8 + sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 8
 
 
@@ -162,8 +156,20 @@ def _meter(environment: Sandbox, tree: nodes.Template) -> None:
         meter.weigh(values)
         return "".join(map(str, values))
 
+    @pass_context
+    def added(_: Context, values: list[Any]) -> Any:
+        if all([type(value) is str for value in values]):  # nearly always
+            meter.charge((sum(map(len, values)) >> 3) + 1)
+            return "".join(values)
+        total = values[0]
+        for value in values[1:]:
+            meter.touch(total)
+            meter.touch(value)
+            total = total + value
+        return total
+
     # Names with a space cannot be written in a template, so none can call them.
-    environment.filters |= {"a body": body, "a turn": turn, "a size": sized, "a piece": sliced, "a text": joined}
+    environment.filters |= {"a body": body, "a turn": turn, "a size": sized, "a piece": sliced, "a text": joined, "a sum": added}
     _meter_bodies(tree, buffered=False)
     _meter_expressions(tree)
 
@@ -200,6 +206,8 @@ def _meter_expressions(parent: nodes.Node) -> None:
 
 
 def _metered(node: nodes.Node) -> nodes.Node:
+    if isinstance(node, nodes.Add):
+        return _filter(nodes.List([_metered(term) for term in _terms(node)]), "a sum")
     _meter_expressions(node)
     match node:
         case nodes.Concat():
@@ -209,6 +217,15 @@ def _metered(node: nodes.Node) -> nodes.Node:
         case nodes.Operand() if not isinstance(node.expr, (nodes.Const, nodes.List, nodes.Tuple)):
             node.expr = _filter(node.expr, "a size", nodes.Const(node.op in ("in", "notin")))
     return node
+
+
+def _terms(node: nodes.Node) -> list[nodes.Node]:
+    """The operands of `a + b + c`, which Jinja reads as `(a + b) + c`; in a loop, since hundreds may stand in a row."""
+    terms = []
+    while isinstance(node, nodes.Add):
+        terms.append(node.right)
+        node = node.left
+    return [node, *reversed(terms)]
 
 
 def _filter(value: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:

@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.data.records import Conversation, Message
 from finetune.data.template import ChatTemplate, Rendered
 from finetune.errors import DataError
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """The words of one assistant turn: characters ``start`` to ``end`` of the text, its end-of-turn token included."""
 
     number: int
@@ -28,16 +27,15 @@ class Answer:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
+class Chat(NamedTuple):
     """A conversation as text."""
 
     text: str
     regions: tuple[tuple[int, int], ...] | None
     """Characters of each message with its header; None where they cannot be told."""
     answers: tuple[Answer, ...]
-    after_prompt: bool
-    """Whether `Turns.generation_prompt` stands before each answer."""
+    prompt: str
+    """The generation prompt that stands before each answer; empty where there is none, or where it was not looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ class Turns:
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         self._template = ChatTemplate(source, variables)
-        self._stable: dict[_Kind, bool] = {}
+        self._stable: dict[tuple[bool, ...], bool] = {}
 
     @cached_property
     def generation_prompt(self) -> str:
@@ -106,41 +104,39 @@ class Turns:
         rendered = self._render(record.messages, record.tools, ask=False, where=record.where)
         answers = self._answers(record, rendered)
         if answers is None or not self._is_stable(record):
-            return Chat(rendered.text, _regions(rendered, record), self._by_prefixes(record, rendered.text), after_prompt=False)
-        return Chat(rendered.text, _regions(rendered, record), answers, after_prompt=True)
+            return Chat(rendered.text, rendered.regions, self._by_prefixes(record, rendered.text), "")
+        return Chat(rendered.text, rendered.regions, answers, self.generation_prompt)
 
     def whole(self, record: Conversation) -> Chat:
         """The text alone, for templates whose turns cannot or need not be told apart."""
         rendered = self._render(record.messages, record.tools, ask=False, where=record.where)
-        return Chat(rendered.text, _regions(rendered, record), (), after_prompt=False)
+        return Chat(rendered.text, rendered.regions, (), "")
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, ask: bool, where: str) -> Rendered:
         return self._template.render([_plain(message) for message in messages], [_thawed(tool) for tool in tools], ask=ask, where=where)
 
     def _answers(self, record: Conversation, rendered: Rendered) -> tuple[Answer, ...] | None:
         """By the places that the template's own loop told; None where it told none, or no generation prompt stands there."""
-        if rendered.starts is None:
+        if rendered.regions is None:
             return None
-        text, answers = rendered.text, []
-        for number, message in enumerate(record.messages):
-            if message.role == "assistant":
-                start, end = rendered.region(number)
-                if not text.startswith(self.generation_prompt, start, end):
+        text, prompt, answers = rendered.text, self.generation_prompt, []
+        for number, (start, end) in enumerate(rendered.regions):
+            if record.messages[number].role == "assistant":
+                if not text.startswith(prompt, start, end):
                     return None
-                answers.append(Answer(number, start + len(self.generation_prompt), start + len(text[start:end].rstrip())))
+                answers.append(Answer(number, start + len(prompt), start + len(text[start:end].rstrip())))
         return tuple(answers)
 
     def _is_stable(self, record: Conversation) -> bool:
         """Whether the prompt for each answer is how the whole text begins, for conversations like this one."""
-        first, *others = record.messages
-        roles = [message.role for message in others]
-        if first.role == "assistant" or "system" in roles:
+        roles = [message.role for message in record.messages]
+        if roles[0] == "assistant" or "system" in roles[1:]:
             return False
-        with_calls = "tool" in roles or any(message.tool_calls for message in record.messages)
-        kind = _Kind(first.role == "system", bool(record.tools), with_calls, roles.count("assistant") > 1 + with_calls)
-        if kind not in self._stable:
-            self._stable[kind] = self._probe(kind)
-        return self._stable[kind]
+        with_calls = "tool" in roles or any([message.tool_calls for message in record.messages])
+        key = (roles[0] == "system", bool(record.tools), with_calls, roles.count("assistant") > 1 + with_calls)
+        if key not in self._stable:
+            self._stable[key] = self._probe(_Kind(*key))
+        return self._stable[key]
 
     def _probe(self, kind: _Kind) -> bool:
         record = Conversation(kind.messages(), "chat template", kind.tools())
@@ -173,10 +169,6 @@ class Turns:
                 )
             answers.append(Answer(number, len(before), len(through.rstrip())))
         return tuple(answers)
-
-
-def _regions(rendered: Rendered, record: Conversation) -> tuple[tuple[int, int], ...] | None:
-    return None if rendered.starts is None else tuple(rendered.region(number) for number in range(len(record.messages)))
 
 
 def _plain(message: Message) -> dict[str, Any]:
