@@ -57,7 +57,7 @@ class Adapter:
         form = _supported(config, self.directory / CONFIG)
         self._weights = Weights(self.directory, (WEIGHTS,))
         try:
-            with _located(self._where):
+            with located(self._where):
                 self._sort(config, form)
         except BaseException:
             self._weights.close()
@@ -158,7 +158,7 @@ class Adapter:
 
 
 @contextmanager
-def _located(where: str) -> Iterator[None]:
+def located(where: str) -> Iterator[None]:
     """Give every problem inside the block that has no place the place ``where``."""
     try:
         yield

@@ -15,51 +15,23 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from finetune.config.schema import Quantization
 from finetune.errors import VerificationError
-from finetune.merging.adapter import Adapter
+from finetune.merging.adapter import located
 from finetune.merging.companions import copy_companions, read_model_config, write_index, write_model_config
-from finetune.merging.layout import Layout, read_layout
-from finetune.merging.updates import Sides, Update
-from finetune.model.correction import FILE as CORRECTION
-from finetune.model.correction import Corrections
+from finetune.merging.fitting import require_fitting, settle_tie, unties, with_new_rows
+from finetune.merging.inputs import Inputs, MergeSource, open_inputs
+from finetune.merging.updates import Update
 from finetune.model.quantize import roundtrip
 from finetune.model.shards import ShardWriter, Slot
 from finetune.model.tokens import enlarged
-from finetune.model.weights import Weights
-
-Base = Literal["dequantized", "original"]
 
 
 class DoesNotFitError(VerificationError):
     """A merged value is beyond the range of the type it was to be written in; a wider type may do."""
-
-
-@dataclass(frozen=True, slots=True)
-class MergeSource:
-    """What is merged, and how its base stood in training."""
-
-    base_dir: Path
-    """Directory of the original model: config.json and safetensors."""
-    adapter_dir: Path
-    """Directory that `PeftModel.save_pretrained` wrote."""
-    quantization: Quantization
-    """The run's `quantization`."""
-    compute_dtype: torch.dtype
-    """The type the base was loaded with and computed in."""
-    base: Base = "dequantized"
-    """What the update is added to."""
-    loftq: bool = False
-    """Whether the run's `tuning.init` was LoftQ, so that `loftq_base.safetensors` must be there."""
-    new_ids: tuple[int, ...] = ()
-    """Ids of the tokens that the run added."""
-    device: str = "cpu"
-    """Where the arithmetic runs. Quantize where training did if the last bit of the base matters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +60,6 @@ class _Output:
     slot: Slot
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    source: MergeSource
-    weights: Weights
-    adapter: Adapter
-    corrections: Corrections | None
-    layout: Layout
-
-
 def fold(source: MergeSource, destination: Path, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None) -> FoldReport:
     """Write the merged model into the empty or missing directory ``destination``, its floating-point tensors in ``dtype``.
 
@@ -106,15 +69,13 @@ def fold(source: MergeSource, destination: Path, dtype: torch.dtype, progress: C
     and `merge` removes it.
     """
     config = read_model_config(source.base_dir)
-    layout = read_layout(source.base_dir, source.quantization)
     with ExitStack() as stack:
-        weights = stack.enter_context(Weights.of_model(source.base_dir))
-        adapter = stack.enter_context(Adapter(source.adapter_dir))
-        inputs = _Inputs(source, weights, adapter, _corrections(source, stack), layout)
-        _require_fitting(inputs)
-        untied = layout.tied and _unties(adapter, layout)
+        inputs = open_inputs(source, stack)
+        adapter, layout = inputs.adapter, inputs.layout
+        require_fitting(inputs)
+        untied = unties(inputs)
         plan = _plan(inputs, dtype, untied)
-        _settle_tie(inputs)
+        settle_tie(inputs)
         destination.mkdir(parents=True, exist_ok=True)
         total, done = sum(map(len, plan.values())), 0
         for file, outputs in plan.items():
@@ -129,122 +90,17 @@ def fold(source: MergeSource, destination: Path, dtype: torch.dtype, progress: C
     rows = next((output.slot.shape[0] for outputs in plan.values() for name, output in outputs.items() if name == layout.embedding), None)
     write_model_config(destination, config, dtype, untied=untied, rows=rows if source.new_ids else None)
     copy_companions(source.base_dir, source.adapter_dir, destination)
-    changed = {name for outputs in plan.values() for name in outputs} & adapter.touched(weights.info)
+    changed = {name for outputs in plan.values() for name in outputs} & adapter.touched(inputs.weights.info)
     requantized = len(layout.quantized) if source.base == "dequantized" else 0
     return FoldReport(dtype, len(plan), total, len(changed), requantized, untied, size)
 
 
-def _corrections(source: MergeSource, stack: ExitStack) -> Corrections | None:
-    """LoftQ's file must be there exactly where the run used LoftQ: without it the base would silently be another one."""
-    path = source.adapter_dir / CORRECTION
-    if path.is_symlink():
-        raise VerificationError(f"{CORRECTION} is a symbolic link", where=str(source.adapter_dir), fix="copy the adapter's files")
-    if source.loftq:
-        return stack.enter_context(Corrections(source.adapter_dir))
-    if path.exists():
-        raise VerificationError(
-            f"{CORRECTION} lies beside an adapter whose run did not use LoftQ",
-            where=str(source.adapter_dir),
-            fix="merge with the run's own config",
-        )
-    return None
-
-
-def _unties(adapter: Adapter, layout: Layout) -> bool:
-    """Whether the head leaves the embedding it was tied to: PEFT trains either side apart from the other, but for copies that it was told
-    to keep equal, and for single rows, which a tied head follows."""
-    pair = {layout.embedding, layout.head}
-    apart = {f"{module}.weight" for module in adapter.updates} | (set() if adapter.keeps_tie else set(adapter.copies))
-    if apart & pair and (set(adapter.rows) & pair or adapter.keeps_tie):
-        raise VerificationError("the adapter changes tied embeddings in two ways at once", fix="merge it with the tool that made it")
-    if layout.head in adapter.rows:
-        raise VerificationError("the adapter trains rows of a head that is tied to the embeddings", fix="train those of the embeddings")
-    return bool(apart & pair)
-
-
-def _settle_tie(inputs: _Inputs) -> None:
-    """Of a tied pair that trained as one, the copies of both sides must be equal, and one of them is written."""
-    adapter, head = inputs.adapter, inputs.layout.head
-    if not adapter.keeps_tie:
-        return
-    pair = [adapter.copies.get(name) for name in (inputs.layout.embedding, head) if name]
-    if not inputs.layout.tied or len(pair) != 2 or pair[0] is None or pair[1] is None:
-        raise VerificationError(
-            "the adapter uses ensure_weight_tying, but does not hold both sides of a tied pair of embedding and head",
-            where=str(inputs.source.adapter_dir),
-            fix="merge it with the tool that made it",
-        )
-    one, other = (adapter.take(key, "the tied pair") for key in pair if key)
-    if not torch.equal(one, other):
-        raise VerificationError("the copies of the tied embedding and head differ", where=str(inputs.source.adapter_dir))
-
-
-def _require_fitting(inputs: _Inputs) -> None:
-    """Every weight the adapter touches must exist with a fitting shape, and every weight of the model must be on disk."""
-    weights, layout, where = inputs.weights, inputs.layout, str(inputs.source.base_dir)
-    names = set(weights.info)
-    # models whose files use other names than their modules are caught when the output is reloaded
-    missing = sorted(layout.expected - names) if names <= layout.expected | {layout.head, layout.embedding} else []
-    if missing:
-        raise VerificationError(
-            f"the base model lacks {len(missing)} tensors, {missing[0]} first", where=where, fix="download the model again"
-        )
-    for name in sorted(inputs.adapter.touched(names)):
-        shape = _stored_shape(inputs, name)
-        given = _adapter_shape(inputs.adapter, name)
-        if shape is None or not _fits(given, shape):
-            raise VerificationError(
-                f"the adapter has the shape {_shown(given)} for {name}, the base {shape or 'no such tensor'}",
-                where=where,
-                fix="merge with the base model that the adapter was trained on",
-            )
-    lost = sorted(f"{module}.weight" for module in layout.quantized if f"{module}.weight" not in names)
-    if inputs.corrections is not None:
-        lost += sorted(inputs.corrections.modules - (set(inputs.adapter.updates) & layout.quantized))
-    if lost:
-        raise VerificationError(f"quantized modules of the run are not in the base or the adapter, {lost[0]} first", where=where)
-
-
-def _stored_shape(inputs: _Inputs, name: str) -> tuple[int, ...] | None:
-    """Shape of ``name`` with the rows of new tokens; None where the base has no such tensor."""
-    layout, info = inputs.layout, inputs.weights.info
-    source = layout.embedding if layout.tied and name == layout.head and name not in info else name
-    if source not in info:
-        return None
-    return _with_new_rows(inputs, name, info[source].shape)
-
-
-def _with_new_rows(inputs: _Inputs, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    ids = inputs.source.new_ids
-    return (max(shape[0], ids[-1] + 1), *shape[1:]) if ids and name in (inputs.layout.embedding, inputs.layout.head) else shape
-
-
-def _adapter_shape(adapter: Adapter, name: str) -> tuple[int | None, ...]:
-    """The shape that the adapter's tensors for ``name`` ask for, None where any number will do."""
-    if name in adapter.copies:
-        return adapter.shape(adapter.copies[name])
-    if name in adapter.rows:
-        # rows cannot be more than the weight has: that is checked where they are put in
-        return None, adapter.shape(adapter.rows[name].key)[1]
-    module, _, part = name.rpartition(".")
-    sides: Sides = adapter.updates[module].sides(adapter.shape)
-    return sides if part == "weight" else sides[:1]
-
-
-def _fits(given: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
-    return len(given) == len(shape) and all(side in (None, length) for side, length in zip(given, shape, strict=True))
-
-
-def _shown(shape: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("any" if side is None else str(side) for side in shape) + ")"
-
-
-def _plan(inputs: _Inputs, dtype: torch.dtype, untied: bool) -> dict[str, dict[str, _Output]]:
+def _plan(inputs: Inputs, dtype: torch.dtype, untied: bool) -> dict[str, dict[str, _Output]]:
     """Outputs by file: the base's own, and an output head beside the embedding it was tied to."""
     layout = inputs.layout
     plan: dict[str, dict[str, _Output]] = {file: {} for file in inputs.weights.files}
     for name, info in inputs.weights.info.items():
-        slot = Slot(_with_new_rows(inputs, name, info.shape), dtype if info.dtype.is_floating_point else info.dtype)
+        slot = Slot(with_new_rows(inputs, name, info.shape), dtype if info.dtype.is_floating_point else info.dtype)
         plan[info.file][name] = _Output(name, slot)
         if untied and name == layout.embedding and layout.head and layout.head not in inputs.weights.info:
             plan[info.file][layout.head] = _Output(name, slot)
@@ -252,7 +108,7 @@ def _plan(inputs: _Inputs, dtype: torch.dtype, untied: bool) -> dict[str, dict[s
 
 
 @torch.no_grad()
-def _merged(inputs: _Inputs, name: str, source: str) -> Tensor:
+def _merged(inputs: Inputs, name: str, source: str) -> Tensor:
     """The tensor ``name`` of the output: ``source`` of the base with what the adapter does to it."""
     adapter, layout = inputs.adapter, inputs.layout
     if name in adapter.copies:
@@ -270,7 +126,7 @@ def _merged(inputs: _Inputs, name: str, source: str) -> Tensor:
     return _updated(inputs, name, values, adapter.updates[module]) if touched else values
 
 
-def _base_values(inputs: _Inputs, name: str, stored: Tensor, *, quantized: bool) -> Tensor:
+def _base_values(inputs: Inputs, name: str, stored: Tensor, *, quantized: bool) -> Tensor:
     """W0 of ``name``, fp32 on the device: what training computed with, or the original; with the rows of new tokens."""
     source, corrections = inputs.source, inputs.corrections
     module = name.removesuffix(".weight")
@@ -286,7 +142,7 @@ def _base_values(inputs: _Inputs, name: str, stored: Tensor, *, quantized: bool)
     return roundtrip(stored, source.quantization, source.compute_dtype, source.device)
 
 
-def _with_rows(inputs: _Inputs, name: str, values: Tensor) -> Tensor:
+def _with_rows(inputs: Inputs, name: str, values: Tensor) -> Tensor:
     """``values`` (vocabulary, d) with the adapter's rows in place of its own, rounded as the adapter model rounds them."""
     source, rows = inputs.source, inputs.adapter.rows[name]
     if max(rows.ids) >= len(values):
@@ -300,7 +156,7 @@ def _with_rows(inputs: _Inputs, name: str, values: Tensor) -> Tensor:
     return values
 
 
-def _updated(inputs: _Inputs, name: str, values: Tensor, update: Update) -> Tensor:
+def _updated(inputs: Inputs, name: str, values: Tensor, update: Update) -> Tensor:
     """``values`` with the adapter's update: a weight (d_out, d_in), or a bias (d_out,) that is scaled with its outputs."""
     module, _, part = name.rpartition(".")
 
@@ -313,9 +169,10 @@ def _updated(inputs: _Inputs, name: str, values: Tensor, update: Update) -> Tens
             return corrections.read(module).start.added_to(found, -1.0)
         return found
 
-    if part == "bias":
-        return update.on_weight(values[:, None], take, lambda found: found)[:, 0]
-    return update.on_weight(values, take, corrected)
+    with located(str(inputs.source.adapter_dir)):
+        if part == "bias":
+            return update.on_weight(values[:, None], take, lambda found: found)[:, 0]
+        return update.on_weight(values, take, corrected)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -38,12 +38,8 @@ def require_identity(model: Any, directory: Path, compute_dtype: torch.dtype) ->
     ``directory`` is merged onto the dequantized base. VerificationError where the error of one exceeds the rounding of its type.
     """
     worst = 0.0
-    seen: set[int] = set()
     with Weights.of_model(directory) as weights:
         for name, live in _live_weights(model, compute_dtype):
-            if name not in weights.info and live.data_ptr() in seen:
-                continue  # a tied pair that trained as one is written once
-            seen.add(live.data_ptr())
             written = weights.read(name)
             difference = written.to(live.device).float() - live.to(written.dtype).float()
             error = float(difference.norm() / live.float().norm().clamp_min(1e-30))
@@ -60,20 +56,32 @@ def require_identity(model: Any, directory: Path, compute_dtype: torch.dtype) ->
 def _live_weights(model: Any, compute_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Name in the merged model and value of everything the adapter touches."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
+    copies: set[int] = set()
     for name, module in core.named_modules():
+        whole = _whole_copies(module)
+        for part, value in whole.items():
+            if value.data_ptr() not in copies:  # a tied pair that trained as one is written once
+                copies.add(value.data_ptr())
+                yield f"{name}.{part}", value
         match module:
-            case LoraLayer() | AdaLoraLayer() | VeraLayer():
+            case LoraLayer() | VeraLayer():
                 yield f"{name}.weight", _updated(module, compute_dtype)
             case IA3Layer():
                 yield from ((f"{name}.{part}", value) for part, value in _scaled(module, compute_dtype).items())
-            case LNTuningLayer():
-                yield from ((f"{name}.{part}", value) for part, value in module.ln_tuning_layers[_ADAPTER].state_dict().items())
-            case ModulesToSaveWrapper() if _ADAPTER in module.modules_to_save:
-                yield from ((f"{name}.{part}", value) for part, value in module.modules_to_save[_ADAPTER].state_dict().items())
             case TrainableTokensWrapper() if module.token_adapter.tied_adapter is None:
                 yield f"{name}.weight", module.token_adapter.get_merged_weights([_ADAPTER])
             case TrainedBias():
                 yield f"{name.rpartition('.')[0]}.bias", module.bias
+
+
+def _whole_copies(module: Any) -> dict[str, Tensor]:
+    """The trained copies of a module's own tensors."""
+    found: dict[str, Tensor] = {}
+    if isinstance(module, LNTuningLayer):
+        found = module.ln_tuning_layers[_ADAPTER].state_dict()
+    elif isinstance(module, ModulesToSaveWrapper) and _ADAPTER in module.modules_to_save:
+        found = module.modules_to_save[_ADAPTER].state_dict()
+    return found
 
 
 def _base_weight(layer: Any, compute_dtype: torch.dtype) -> Tensor:

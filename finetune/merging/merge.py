@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 
 from finetune.errors import ConfigError, DataError, Problem, VerificationError
-from finetune.merging.fold import DoesNotFitError, FoldReport, MergeSource, fold
+from finetune.merging.fold import DoesNotFitError, FoldReport, fold
 from finetune.merging.identity import require_identity
+from finetune.merging.inputs import MergeSource
 from finetune.merging.reload import Example, Measurement, Probe, measure
 from finetune.merging.verify import Parity, compare, device_of, kl_limit, measure_in_fresh_process
 from finetune.model.start import before_training

@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.config.schema import Config, Full, Houlsby, Prefix, Prompt
 from finetune.errors import ConfigError
 from finetune.finished import load_run
-from finetune.merging.fold import Base, MergeSource
+from finetune.merging.inputs import Base, MergeSource
 from finetune.merging.merge import MergeOptions, MergeReport, merge
 from finetune.model.tokens import token_ids
 from finetune.runs import RunDirectory, write_json

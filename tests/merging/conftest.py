@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from finetune.config.schema import FourBit, LoftqInit, Lora, NoQuantization, Quantization
-from finetune.merging.fold import MergeSource
+from finetune.merging.inputs import MergeSource
 from finetune.model.loftq import Quantizer, apply_loftq, save_base_correction
 from finetune.model.quantize import bnb_config, disable_cpu_repacking
 

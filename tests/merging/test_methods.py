@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from finetune.config.schema import FourBit, NoQuantization, Quantization, Tuning
 from finetune.errors import VerificationError
-from finetune.merging.fold import MergeSource, fold
+from finetune.merging.fold import fold
 from finetune.merging.identity import require_identity
+from finetune.merging.inputs import MergeSource
 from finetune.merging.merge import MergeOptions, merge
 from finetune.model.adapters import attach, load, save, switched_off
 from finetune.model.methods import Given
