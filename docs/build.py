@@ -1,4 +1,4 @@
-"""Writes what is generated: docs/config.md, docs/cli.md and the JSON Schemas beside the shipped YAML files.
+"""Writes what is generated: docs/config.md, docs/cli.md, docs/methods.md and the JSON Schemas beside the shipped YAML files.
 
 python docs/build.py            write
 python docs/build.py --check    exit 1 if a file is stale
@@ -21,6 +21,10 @@ from finetune.cli.app import app  # noqa: E402
 from finetune.config.json_schema import config_schema, preset_schema, to_text  # noqa: E402
 from finetune.config.reference import config_reference  # noqa: E402
 
+sys.path.insert(0, str(ROOT / "docs"))
+
+from methods_page import methods_page  # noqa: E402
+
 _CLI_INTRODUCTION = """\
 # Command line
 
@@ -36,6 +40,7 @@ def generated() -> dict[Path, str]:
     return {
         ROOT / "docs" / "config.md": config_reference(),
         ROOT / "docs" / "cli.md": cli_reference(),
+        ROOT / "docs" / "methods.md": methods_page(),
         ROOT / "configs" / "finetune.schema.json": to_text(config_schema()),
         ROOT / "recipes" / "preset.schema.json": to_text(preset_schema()),
     }

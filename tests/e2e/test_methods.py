@@ -45,7 +45,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "houlsby": {"bottleneck": 8},
     "full": {},
     "full, spectrum": {"method": "full", "targets": {"spectrum": 0.5}},
+    "full, galore": {"method": "full"},
 }
+OPTIMIZERS: dict[str, dict[str, Any]] = {"full, galore": {"method": "galore", "galore": {"rank": 8, "every_steps": 2}}}
 BASES = ("none", "nf4")
 
 # Loads every run and every merged model as anybody would, and keeps their losses.
@@ -57,6 +59,7 @@ from transformers import AutoModelForCausalLM
 from finetune.config.load import load_config
 from finetune.finished import load_run
 from finetune.model.head import target_losses
+from finetune.model.load import load_base
 from finetune.runs import open_run
 places, out = json.loads(sys.argv[1]), sys.argv[2]
 ids = torch.randint(3, 320, (3, 24), generator=torch.Generator().manual_seed(1))
@@ -70,6 +73,8 @@ with torch.no_grad():
         model, using = finished.untrained()
         with using():
             found[f"{name}/base"] = target_losses(model, *rows)
+        base = load_base(finished.base, finished.config.quantization, finished.dtype, finished.device)
+        found[f"{name}/pristine"] = target_losses(base, *rows)
         found[f"{name}/again"] = target_losses(finished.model, *rows)
         if merged:
             found[f"{name}/merged"] = target_losses(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval(), *rows)
@@ -90,7 +95,7 @@ class Row:
     reloads: bool
     """Loaded in a fresh process, every loss is the trained model's, bit by bit."""
     compared: bool
-    """Switched off, it is the base, and on again the tuned model."""
+    """Its base, as `finetune eval` measures it, is the untouched one, and measuring it leaves the tuned model as it was."""
     merges: bool
     """The merged model, loaded by plain transformers in a fresh process, has the tuned model's losses within 1e-4."""
     reason: str
@@ -181,7 +186,8 @@ class Matrix:
 def row(method: str, base: str, trained: Trained, found: dict[str, torch.Tensor]) -> Row:
     tuned = trained.losses
     differs = float((found["tuned"] - found["base"]).abs().max()) > 1e-4
-    compared = differs and torch.equal(found["again"], found["tuned"])
+    base_is_pristine = float((found["base"] - found["pristine"]).abs().max()) < 1e-5
+    compared = base_is_pristine and torch.equal(found["again"], found["tuned"])
     merges = "merged" in found and float((found["merged"] - tuned).abs().max()) < 1e-4
     return Row(method, base, differs, trained.resumes, torch.equal(found["tuned"], tuned), compared, merges, trained.reason)
 
@@ -206,7 +212,7 @@ def matrix(
             "model": {"id": str(biased if method == "bitfit" else tiny_model_dir)},
             "quantization": {"method": base},
             "tuning": {"method": method} | METHODS[method],
-            "optimizer": {"learning_rate": 0.02},
+            "optimizer": {"learning_rate": 0.02} | OPTIMIZERS.get(method, {}),
             "data": {"train": [{"source": str(chat_file)}], "validation": {"fraction": 0.2}, "max_tokens": 256},
             "train": {"epochs": 1, "max_steps": 3, "batch_size": 8, "precision": "fp32", "checkpoint": {"every_steps": 1, "keep": 5}},
             "output": str(folder / f"{method} on {base}"),
@@ -235,7 +241,7 @@ def test_a_method_trains_resumes_and_reloads_or_says_why_not(matrix: list[Row]) 
 
 def test_what_cannot_be_merged_says_why(matrix: list[Row]) -> None:
     unmerged = {found.method: found.reason for found in matrix if found.trains and not found.merges}
-    assert set(unmerged) == {"prompt", "prefix", "houlsby", "full", "full, spectrum"}
+    assert set(unmerged) == {"prompt", "prefix", "houlsby", "full", "full, spectrum", "full, galore"}
     assert all(unmerged.values())
 
 
