@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -12,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.analysis.checks import require_analyzable
 from finetune.analysis.plot import GridPanel, Line, LinePanel, Panel
 from finetune.analysis.runs import KEPT_OF_WHOLE, Changed, Trained, changes, open_trained
 from finetune.analysis.similarity import Of, Similarity, compare
 from finetune.analysis.update_spectra import Directions, amplification, directions, effective_rank
 from finetune.config.schema import Config, Full, Lora
-from finetune.errors import ConfigError, VerificationError
+from finetune.errors import VerificationError
 from finetune.model.targets import kind_of, layer_of
 from finetune.runs import RunDirectory
 
@@ -107,12 +107,10 @@ class Analysis:
 def analyze(runs: Sequence[tuple[RunDirectory, Config]], progress: Callable[[str, int], None] = lambda *_: None) -> Analysis:
     """Analyze finished ``runs`` and compare each pair; ``progress`` is called with (run, modules done since).
 
-    ConfigError: a run is named twice, is not finished, or its method leaves no update of a weight. VerificationError: a file is not what
-    was saved, or two runs share no module of one shape.
+    Errors are those of `require_analyzable`, and VerificationError: a base is not the one a run was trained on, or two runs share no
+    module of one shape.
     """
-    twice = [path for path, count in Counter(str(run.path.resolve()) for run, _ in runs).items() if count > 1]
-    if twice:
-        raise ConfigError("the run is named twice", where=twice[0], fix="name each run once")
+    require_analyzable(runs)
     opened = [open_trained(run, config) for run, config in runs]
     found, bases = [], []
     for trained in opened:

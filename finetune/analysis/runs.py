@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from finetune.analysis.adapter import AdapterFile, Update
-from finetune.config.schema import AdaLora, Config, Full, LoftqInit, Lora, NoQuantization, OloraInit, PissaInit, TiedLora
-from finetune.errors import ConfigError, VerificationError
+from finetune.config.schema import AdaLora, Config, Full, LoftqInit, Lora, NoQuantization, OloraInit, PissaInit
+from finetune.errors import VerificationError
 from finetune.hardware import detect
 from finetune.model.builtin import fingerprint, resolve_model
 from finetune.model.correction import Corrections
@@ -60,22 +60,8 @@ class Trained:
 
 
 def open_trained(run: RunDirectory, config: Config) -> Trained:
-    """The result of a finished ``run``, whose ``config`` is given.
-
-    ConfigError: its method trains no matrix, or it is not finished. VerificationError: a file is not the one that was saved, or the base
-    is another.
-    """
-    if not isinstance(config.tuning, Lora | TiedLora | AdaLora | Full):
-        raise ConfigError(
-            f"tuning.method: {config.tuning.method} leaves no low-rank or whole update of a weight that could be analyzed",
-            where=str(run.path),
-            fix="analyze runs of lora, tied-lora, adalora or full",
-        )
-    directory = run.trained()
-    if directory is None:
-        raise ConfigError(
-            "the run is not finished: it has no adapter", where=str(run.path), fix=f"finish it with `finetune train {run.config} --resume`"
-        )
+    """The result of a ``run`` that `require_analyzable` passed. VerificationError: the base is not the one it was trained on."""
+    directory = run.model if isinstance(config.tuning, Full) else run.adapter
     base = resolve_model(config.model.id, config.model.revision)
     records = read_json(run.environment)
     if fingerprint(base) != records["identity"]["fingerprints"]["base"]:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from finetune.analysis.checks import require_share
 from finetune.analysis.plot import Line, LinePanel
-from finetune.errors import ConfigError
 from finetune.model.builtin import resolve_model
 from finetune.model.spectrum import ModuleSpectrum, spectra
 from finetune.model.targets import chosen, kind_of, layer_of, ranked
@@ -87,6 +87,5 @@ def measure_signal(
     model_id: str, share: float, revision: str | None = None, progress: Callable[[int, int], None] = lambda *_: None
 ) -> SignalReport:
     """The report of a hub id, directory or builtin model; ConfigError where there is none or ``share`` is not in (0, 1]."""
-    if not 0.0 < share <= 1.0:
-        raise ConfigError(f"a share of {share:g} of the layers cannot be chosen", where="--share", fix="use a number above 0, up to 1")
+    require_share(share)
     return SignalReport(model_id, share, spectra(resolve_model(model_id, revision), progress))
