@@ -116,7 +116,7 @@ class _Table:
         self._row_length += len(text)
         if self._row_length > MAX_ROW_BYTES:
             raise too_long("row", f"{self.path}:{self._first_line}")
-        return text
+        return text[:-2] + "\n" if text.endswith("\r\n") else text  # a quoted field of several lines has one kind of line end
 
     def next(self) -> _Fields | DataError | None:
         """The next row that is not an empty line, the error of one, or None at the end."""

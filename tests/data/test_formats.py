@@ -29,7 +29,12 @@ def messages(values: dict[str, object], format_name: str = "auto", **columns: st
     "row",
     [
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-        {"messages": [{"role": "user", "content": "q", "weight": None, "name": None}, {"role": "assistant", "content": "a", "tool_calls": []}]},
+        {
+            "messages": [
+                {"role": "user", "content": "q", "weight": None, "name": None},
+                {"role": "assistant", "content": "a", "tool_calls": []},
+            ]
+        },
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a"}], "id": 7},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         {"conversations": [{"from": "user", "value": "q", "weight": 1}, {"from": "assistant", "value": "a"}]},
@@ -49,13 +54,19 @@ def test_alpaca_joins_instruction_and_input() -> None:
     assert messages(row) == (Message("system", "Be brief."), Message("user", "Translate.\n\nHaus"), Message("assistant", "house"))
 
 
-@pytest.mark.parametrize("row", [{"question": "q", "answer": "a"}, {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}])
+@pytest.mark.parametrize(
+    "row", [{"question": "q", "answer": "a"}, {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]
+)
 def test_a_system_column_goes_first(row: dict[str, object]) -> None:
     assert messages(row | {"system": "s"}) == (Message("system", "s"), *PAIR)
 
 
 def test_weights_say_what_is_learned() -> None:
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}, {"role": "assistant", "content": "b", "weight": 1}]
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "weight": 0},
+        {"role": "assistant", "content": "b", "weight": 1},
+    ]
     assert [message.supervised for message in messages({"messages": turns})] == [True, False, True]
     speakers = [{"from": "gpt", "value": "a", "weight": 0}, {"from": "gpt", "value": "b"}]
     assert [message.supervised for message in messages({"conversations": speakers})] == [False, True]
@@ -117,7 +128,10 @@ def test_columns_are_mapped() -> None:
         ({"messages": [{"role": "user", "content": [3]}, {"role": "assistant", "content": "a"}]}, "'content' has a part that is not"),
         ({"messages": [{"role": "tool", "content": "x", "name": ""}, {"role": "assistant", "content": "a"}]}, "'name' must be text"),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": "weather"}]}, "'tool_calls' must be a list"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"type": "retrieval", "function": CALL}]}]}, "of type 'retrieval'"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"type": "retrieval", "function": CALL}]}]},
+            "of type 'retrieval'",
+        ),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": ["weather"]}]}, "a tool call must be an object"),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"name": "f", "args": {}}]}]}, "unknown key 'args'"),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"name": "f", "arguments": [1]}]}]}, "must be an object"),
@@ -143,7 +157,8 @@ def test_rows_that_fit_no_format(row: dict[str, object], what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("role", "meant"), [("asistant", "assistant"), ("Assistant", "assistant"), ("human", "user"), ("gpt", "assistant"), ("developer", "system")]
+    ("role", "meant"),
+    [("asistant", "assistant"), ("Assistant", "assistant"), ("human", "user"), ("gpt", "assistant"), ("developer", "system")],
 )
 def test_the_nearest_role_is_named(role: str, meant: str) -> None:
     with pytest.raises(DataError, match="unknown role") as caught:
