@@ -11,15 +11,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from finetune.analysis.analyze import Analysis
+    from finetune.analysis.signal import SignalReport
     from finetune.config.load import Loaded
     from finetune.config.schema import Config
-    from finetune.data.render import Example, Renderer
     from finetune.evaluation.results import Results
     from finetune.merging.merge import MergeReport
     from finetune.runs import RunDirectory
     from finetune.training.metrics import Observer
+    from finetune.training.train import Inputs
 
-__all__ = ["evaluate", "launch", "load_config", "merge", "places", "prepare_data", "report", "stored_results", "train"]
+__all__ = [
+    "analyze",
+    "evaluate",
+    "launch",
+    "load_config",
+    "merge",
+    "padding_share",
+    "places",
+    "prepare_data",
+    "report",
+    "spectrum",
+    "stored_results",
+    "train",
+]
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -29,13 +44,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     return load(path, overrides)
 
 
-def prepare_data(config: Config) -> tuple[Renderer, Sequence[Example], Sequence[Example], dict[str, int]]:
-    """The renderer, training and validation examples and counts, as `train` would see them."""
+def prepare_data(config: Config, progress: Callable[[str, int, int], None] = lambda *_: None) -> Inputs:
+    """The renderer, the examples and the report on them, as `train` would see them; ``progress(stage, done, of)`` follows the work."""
     _prepare_process()
     from finetune.training.train import gather
 
-    inputs = gather(config)
-    return inputs.renderer, inputs.data.train, inputs.data.validation, inputs.data.counts
+    return gather(config, progress)
+
+
+def padding_share(config: Config, inputs: Inputs) -> float:
+    """Share of padding in what training would compute."""
+    from finetune.training.padding import padding_share as expected
+
+    return expected(inputs.data.train.lengths.tolist(), config, inputs.resolved.tokens_per_device.value)
 
 
 def train(config: Config, observer: Observer | None = None, *, resume: bool = False) -> RunDirectory:
@@ -89,6 +110,49 @@ def merge(
     from finetune.merging.merge_run import merge_run
 
     return merge_run(found, config, destination, base=base, options=MergeOptions(dtype=dtype, force=force, progress=progress))
+
+
+def analyze(runs: Sequence[Path], plot: Path | None = None, progress: Callable[[str, int], None] = lambda *_: None) -> Analysis:
+    """What training did to each weight of finished ``runs``, and how alike each pair is; drawn into ``plot``."""
+    from finetune.analysis.checks import require_analyzable
+    from finetune.analysis.plot import check_plot_path, write_plot
+    from finetune.runs import open_run
+
+    found = [(run, load_config(run.config).config) for run in map(open_run, runs)]
+    require_analyzable(found)
+    if plot:
+        check_plot_path(plot)
+    _prepare_process()
+    from finetune.analysis.analyze import analyze as measure
+
+    analysis = measure(found, progress)
+    if plot:
+        write_plot(plot, analysis.title, analysis.notes, analysis.panels())
+    return analysis
+
+
+def spectrum(
+    model: str,
+    *,
+    revision: str | None = None,
+    share: float = 0.5,
+    plot: Path | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> SignalReport:
+    """The signal-to-noise ratio of every linear layer of a hub id, directory or builtin ``model`` (Spectrum); drawn into ``plot``."""
+    from finetune.analysis.checks import require_share
+    from finetune.analysis.plot import check_plot_path, write_plot
+
+    require_share(share)
+    if plot:
+        check_plot_path(plot)
+    _prepare_process()
+    from finetune.analysis.signal import measure_signal
+
+    report = measure_signal(model, share, revision, progress)
+    if plot:
+        write_plot(plot, report.title, report.notes, report.panels())
+    return report
 
 
 def stored_results(run: Path) -> Results | None:

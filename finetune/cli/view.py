@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,8 +35,27 @@ def _hanging(text: str, indent: int) -> str:
     """``text`` wrapped to the terminal with its further lines indented; as it is in a pipe."""
     if not err.is_terminal:
         return text
-    width = max(40, err.width - indent)
-    return textwrap.fill(text, width, break_on_hyphens=False, break_long_words=False).replace("\n", "\n" + " " * indent)
+    return wrapped(text, indent, err.width)
+
+
+def wrapped(text: str, indent: int, width: int) -> str:
+    """``text`` within ``width`` columns, its further lines indented as the first is to be."""
+    room = max(40, width - indent)
+    return textwrap.fill(text, room, break_on_hyphens=False, break_long_words=False).replace("\n", "\n" + " " * indent)
+
+
+def has_colour() -> bool:
+    """Whether results are shown in colour; NO_COLOR takes it away from a terminal too."""
+    return out.is_terminal and not out.no_color
+
+
+def show_example(heading: str, text: Text, ids: Sequence[int]) -> None:
+    """One example of the data under a line that says what it is; then its token ids, if any are given."""
+    out.print(Text(heading, style="bold"))
+    out.print(text)
+    if ids:
+        out.print(Text(", ".join(map(str, ids)), style="dim"))
+    out.print()
 
 
 def note(text: str) -> None:
@@ -44,10 +63,55 @@ def note(text: str) -> None:
     err.print(Text(text))
 
 
+class Preparation:
+    """A bar while data is prepared, one stage after the other: in a terminal only, and not where the cache has it all."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[share]}"),
+            TimeElapsedColumn(),
+            console=err,
+            transient=True,
+            expand=True,
+        )
+        self._stage = ""
+        self._task: TaskID | None = None
+
+    def __call__(self, stage: str, done: int, of: int) -> None:
+        """``done`` of ``of`` units of a stage are finished; 0 where their number is not known."""
+        if not err.is_terminal:
+            return
+        if self._task is None or stage != self._stage:
+            self.clear()
+            self._stage, self._task = stage, self._progress.add_task(f"preparing data: {stage}", total=None, share="")
+            self._progress.start()
+        self._progress.update(self._task, completed=done, total=of or None, share=f"{done / of:.0%}" if of else "")
+
+    def clear(self) -> None:
+        """Take the bar off the screen."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._progress.stop()
+            self._task = None
+
+
+@contextmanager
+def preparing() -> Iterator[Preparation]:
+    """A bar for the preparation of data, which an error does not leave behind."""
+    bar = Preparation()
+    try:
+        yield bar
+    finally:
+        bar.clear()
+
+
 class TrainingView:
     """Follows a run: a live bar in a terminal, a line now and then in a pipe."""
 
     def __init__(self) -> None:
+        self._preparation = Preparation()
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
@@ -73,10 +137,15 @@ class TrainingView:
         try:
             yield self
         finally:
+            self._preparation.clear()
             if self._task is not None:
                 self._progress.stop()
 
+    def _on_preparing(self, event: Any) -> None:
+        self._preparation(event.stage, event.done, event.of)
+
     def _on_started(self, event: Any) -> None:
+        self._preparation.clear()
         counts = event.counts
         err.print(
             f"Training {event.trainable:,} of {event.total:,} parameters ({event.trainable / event.total:.2%}) on {escape(event.device)}: "

@@ -43,6 +43,8 @@ class SourceReport:
     truncated: int = 0
     split: int = 0
     """Over-long rows that were cut into pieces, documents included."""
+    longest_row: int = 0
+    """Tokens of the longest conversation before anything was cut."""
 
 
 @dataclass(frozen=True, slots=True)

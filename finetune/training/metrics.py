@@ -14,6 +14,16 @@ from finetune.runs import RunDirectory, write_text
 
 
 @dataclass(frozen=True, slots=True)
+class Preparing:
+    """Data is read, rendered and compared; nothing comes where the cache has it all."""
+
+    stage: str
+    done: int
+    of: int
+    """0 where the end is not known."""
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """Everything is built; step ``done`` + 1 is next."""
 
@@ -74,7 +84,7 @@ class AlreadyFinished:
     path: Path
 
 
-Event = AlreadyFinished | Started | StepDone | Evaluated | CheckpointSaved
+Event = AlreadyFinished | Preparing | Started | StepDone | Evaluated | CheckpointSaved
 Observer = Callable[[Event], None]
 
 

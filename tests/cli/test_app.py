@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyte
 import pytest
 import typer
 
@@ -69,8 +64,8 @@ def test_json_leaves_stdout_to_json(finetune: Run, write_config: Callable[..., P
     done = finetune("train", config, "--json")
     assert json.loads(done.out) == {"run": str(tmp_path / "run")}
     counted = json.loads(finetune("data", "stats", config, "--json").out)
-    assert counted["rows read"] == 24
-    assert counted["training rows"] + counted["validation rows"] == 24
+    assert counted["counts"]["rows read"] == 24
+    assert counted["train"]["examples"] + counted["validation"]["examples"] == 24
 
 
 def test_preview_marks_what_carries_loss(finetune: Run, write_config: Callable[..., Path]) -> None:
@@ -80,31 +75,10 @@ def test_preview_marks_what_carries_loss(finetune: Run, write_config: Callable[.
     assert all(text.startswith("Title") and text.endswith("<|im_end|>") for text in marked)
 
 
-def terminal(arguments: list[str], columns: int, folder: Path) -> list[str]:
-    """What a terminal of ``columns`` shows at the end."""
-    leader, follower = pty.openpty()
-    environment = {**os.environ, "COLUMNS": str(columns), "LINES": "60", "TERM": "xterm-256color"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "finetune", *arguments], stdout=follower, stderr=follower, stdin=follower, env=environment, cwd=folder
-    )
-    os.close(follower)
-    screen = pyte.Screen(columns, 60)
-    stream = pyte.ByteStream(screen)
-    while True:
-        try:
-            data = os.read(leader, 65536)
-        except OSError:  # the other side closed
-            break
-        if not data:
-            break
-        stream.feed(data)
-    process.wait()
-    os.close(leader)
-    return [line.rstrip() for line in screen.display]
-
-
 @pytest.mark.parametrize("columns", [80, 200])
-def test_training_in_a_terminal_fits_its_width(write_config: Callable[..., Path], tmp_path: Path, columns: int) -> None:
+def test_training_in_a_terminal_fits_its_width(
+    write_config: Callable[..., Path], tmp_path: Path, terminal: Callable[..., list[str]], columns: int
+) -> None:
     config = write_config(train={"epochs": 1, "batch_size": 8, "precision": "fp32"}, optimizer={"groups": {"mlp": {"lr_ratio": 2.0}}})
     lines = terminal(["train", str(config)], columns, tmp_path)
     text = "\n".join(lines)
@@ -113,7 +87,7 @@ def test_training_in_a_terminal_fits_its_width(write_config: Callable[..., Path]
     assert str(tmp_path / "run") in text.replace("\n", "")
 
 
-def test_an_error_in_a_terminal_keeps_its_indent(tmp_path: Path) -> None:
+def test_an_error_in_a_terminal_keeps_its_indent(tmp_path: Path, terminal: Callable[..., list[str]]) -> None:
     lines = [line for line in terminal(["train", "nothing.yaml"], 80, tmp_path) if line]
     assert lines[0] == "error: there is no such file"
     assert lines[1] == "  where: nothing.yaml"
