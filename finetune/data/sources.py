@@ -23,8 +23,8 @@ def _nowhere(_: int) -> None:
 def read_rows(source: FileSource | HubSource, advance: Advance = _nowhere) -> Iterator[Row | DataError]:
     """Every row of ``source``. A bad row comes as its DataError, and reading goes on where the next row can be told.
 
-    ``advance(n)`` is called as ``n`` more bytes on disk have been read. No more than a few rows are held at a time, and no URL that
-    a row or a configuration names is opened.
+    ``advance(n)`` is called as ``n`` more bytes of a file have been read; for the hub, never. No more than a few rows are held at a
+    time, and no URL that a row or a configuration names is opened.
     """
     if isinstance(source, HubSource):
         yield from _caught(read_hub(source))

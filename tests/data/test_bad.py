@@ -76,7 +76,7 @@ MIB = 2**20
     [
         ("line.jsonl", '{"question": "a", "answer": "' + "x" * 10 * MIB + '"}\n', ":2", "the line is longer than 8 MiB"),
         ("line.csv", "a," + "x" * 10 * MIB + "\n", ":2", "the line is longer than 8 MiB"),
-        ("quote.csv", 'a,"' + "x\n" * 5 * MIB, ":2", "the row is longer than 8 MiB"),
+        ("quote.csv", 'a,"' + ("x" * 99 + "\n") * (MIB // 10), ":2", "the row is longer than 8 MiB"),
         ("row.json", '{"question": "a", "answer": "' + "x" * 10 * MIB + '"}\n]', ":2 row 2", "the row is longer than 8 MiB"),
         ("list.json", "[" * 9 * MIB, ":1", "the JSON is nested too deeply"),
         ("document.txt", "word " * 2 * MIB, ".txt", "the document is longer than 8 MiB"),
@@ -119,11 +119,12 @@ def test_c5_template_bombs(tiny_tokenizer_dir: Path, tmp_path: Path, cache: Path
 COMMANDS = [
     ["truncated.jsonl", "latin1.jsonl", "nul-bytes.jsonl", "nested-nulls.jsonl", "duplicate-key.jsonl", "role-typo.jsonl"],
     ["missing-answer.jsonl", "control-token.jsonl", "surrogate.jsonl", "depth-bomb.json", "ragged.csv", "duplicate-header.csv"],
-    ["truncated.parquet", "garbage.arrow", "truncated.jsonl.zst", "wrong-suffix.yaml", "empty.txt", "mapped-to-missing.jsonl"],
+    ["truncated.parquet", "garbage.arrow", "truncated.jsonl.zst", "empty.txt", "mapped-to-missing.jsonl", "cut-between-rows.json"],
+    ["wrong-suffix.yaml"],  # found before any file is read
 ]
 
 
-@pytest.mark.parametrize("names", COMMANDS, ids=["rows", "content", "files"])
+@pytest.mark.parametrize("names", COMMANDS, ids=["rows", "content", "files", "names"])
 def test_bad_inputs_end_the_command_with_3(
     names: list[str], write_config: Callable[..., Path], finetune: Callable[..., Any], cache: Path
 ) -> None:
