@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from finetune.cli.preview import visible
+from finetune.cli import view
+from finetune.cli.preview import Stretch, marked, visible
+from finetune.errors import DataError
+from finetune.training.metrics import Preparing
 
 Run = Callable[..., Any]
 Write = Callable[..., Path]
@@ -117,8 +123,7 @@ def test_stats_say_what_was_found(finetune: Run, messy: Path) -> None:
     assert done.code == 0, done.err
     assert all(len(line) <= 80 for line in done.out.splitlines()), done.out
     assert re.search(r"messy\.jsonl +16 +15 +[\d,]+ +\d+\.\d% +1\n", done.out), done.out
-    assert "1 of 16 rows of" in done.out
-    assert "are longer than max_tokens: 1 dropped" in done.out
+    assert "1 of 16 rows longer than max_tokens in messy.jsonl: 1 dropped" in done.out
     for finding in ("1 duplicate rows", "1 tiny answers", "1 damaged encoding", "1 control characters"):
         assert re.search(rf"^  {finding}$", done.out, re.M), done.out
     assert re.search(r"messy\.jsonl:13 and .*messy\.jsonl:4", done.out.replace("\n", "")), done.out
@@ -155,5 +160,37 @@ def test_a_terminal_shows_no_marks_but_colour(messy: Path, tmp_path: Path, termi
     text = "\n".join(terminal(["data", "preview", str(messy), "-n", "1"], 80, tmp_path))
     assert "The answer is 0 of them." in text
     assert "[[" not in text
-    plain = "\n".join(terminal(["data", "preview", str(messy), "-n", "1"], 80, tmp_path, NO_COLOR="1"))
-    assert "[[The answer is 0 of them." in plain
+
+
+def test_without_colour_loss_is_marked() -> None:
+    parts = [Stretch("asked", False), Stretch("told\x07", True)]
+    assert marked(parts, colour=False).plain == "asked[[told␇]]"
+    coloured = marked(parts, colour=True)
+    assert coloured.plain == "askedtold␇"
+    assert [str(span.style) for span in coloured.spans] == ["dim", "green"]
+
+
+# --- the bar -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_preparation_shows_a_bar_in_a_terminal_only(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(view, "err", Console(file=stream, force_terminal=is_terminal, width=80))
+    with view.preparing() as progress:
+        assert stream.getvalue() == ""  # nothing to prepare, nothing to show
+        progress("reading", 512, 1024)
+        progress("comparing rows", 0, 0)
+    shown = stream.getvalue()
+    assert ("preparing data: reading" in shown) == is_terminal
+    assert ("preparing data: comparing rows" in shown) == is_terminal
+
+
+def test_training_takes_the_bar_down_when_preparation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view, "err", Console(file=io.StringIO(), force_terminal=True, width=80))
+    watching = view.TrainingView()
+    with suppress(DataError), watching.running():
+        watching(Preparing("reading", 1, 2))
+        assert watching._preparation._progress.live.is_started
+        raise DataError("a bad row")
+    assert not watching._preparation._progress.live.is_started
