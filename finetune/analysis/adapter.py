@@ -116,6 +116,8 @@ class AdapterFile:
     def _is_whole(self, name: str) -> bool:
         module = name.rpartition(".")[0]
         saved = self._config.get("modules_to_save") or ()
+        if saved and self._config.get("ensure_weight_tying") and "." not in module:
+            return True  # the output head, which the file repeats where it is tied to a trained embedding
         return name.endswith(".trainable_tokens_delta") or any(module == one or module.endswith(f".{one}") for one in saved)
 
     @property

@@ -17,10 +17,9 @@ from finetune.errors import VerificationError
 from finetune.hardware import detect
 from finetune.model.builtin import fingerprint, resolve_model
 from finetune.model.correction import Corrections
-from finetune.model.load import load_tokenizer, storage_dtype
+from finetune.model.load import storage_dtype
 from finetune.model.low_rank import truncated_svd
 from finetune.model.quantize import quantized_modules, roundtrip
-from finetune.model.tokens import enlarged, token_ids
 from finetune.model.weights import Weights
 from finetune.planning.resolve import resolve
 from finetune.runs import RunDirectory, read_json
@@ -100,7 +99,7 @@ def _adapter_changes(trained: Trained, skipped: list[str]) -> Iterator[Changed]:
         if adapter.other:
             skipped.append(f"trained as a whole and not analyzed: {', '.join(adapter.other)}")
         for update in adapter.updates():
-            weight = base.read(update.module, embedding=update.embedding)
+            weight = base.read(update.module)
             given = (update.left.shape[0], update.right.shape[0])
             if tuple(weight.shape) != given:
                 raise VerificationError(
@@ -115,20 +114,16 @@ class _Base:
     def __init__(self, trained: Trained, weights: Weights, corrections: Corrections | None) -> None:
         self._trained, self._weights, self._corrections = trained, weights, corrections
         config = AutoConfig.from_pretrained(trained.base, trust_remote_code=False, local_files_only=True)
-        self._tokens: tuple[int, ...] = ()
-        if trained.config.model.new_tokens:
-            self._tokens = token_ids(load_tokenizer(trained.directory), trained.config.model.new_tokens)
         plain = isinstance(trained.config.quantization, NoQuantization)
         self._quantized: frozenset[str] = frozenset() if plain else quantized_modules(config)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def read(self, module: str, *, embedding: bool) -> Tensor:
+    def read(self, module: str) -> Tensor:
         """(d_out, d_in) fp32 on the CPU."""
         trained = self._trained
         stored = self._weights.read(f"{module}.weight")
         if module not in self._quantized:
-            values = stored.to(trained.dtype)
-            return (enlarged(values, self._tokens) if embedding else values).float()
+            return stored.to(trained.dtype).float()
         before = self._corrections.read(module).base if self._corrections and module in self._corrections.modules else None
         source = before.added_to(stored, -1.0) if before is not None else stored
         return roundtrip(source, trained.config.quantization, trained.dtype, self._device).cpu()

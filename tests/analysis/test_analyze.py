@@ -110,6 +110,23 @@ def test_an_adapters_figures_are_those_of_pefts_delta(tuning: dict[str, Any], tr
         assert module.magnitude_change is None
 
 
+@pytest.mark.parametrize(
+    ("embeddings", "said"),
+    [("full", "lm_head.weight, model.embed_tokens.weight"), ("new-tokens", "model.embed_tokens.token_adapter.trainable_tokens_delta")],
+)
+def test_what_trains_as_a_whole_is_said_to_be_left_out(
+    embeddings: str, said: str, trained: Callable[..., Path], tiny_model_dir: Path
+) -> None:
+    found = only(
+        trained(
+            model={"id": str(tiny_model_dir), "new_tokens": ["[note]", "[dose]"]},
+            tuning={"method": "lora", "rank": 4, "alpha": 8, "embeddings": embeddings},
+        )
+    )
+    assert len(found.modules) == 14
+    assert found.notes == (f"trained as a whole and not analyzed: {said}",)
+
+
 def test_pissa_is_measured_from_its_start(trained: Callable[..., Path]) -> None:
     found = only(trained(tuning={"method": "lora", "rank": 2, "alpha": 4, "init": {"method": "pissa"}}))
     assert found.measured == "s(BA - B0 A0)"
@@ -176,6 +193,17 @@ def test_full_tuning_is_the_difference_of_two_models(trained: Callable[..., Path
         require_dense(module, delta, weight)
     assert found.modules[-1].kind == "embed_tokens"
     assert any("5 tensors are no matrices" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_spectrum_chose_is_what_changed(method: str, trained: Callable[..., Path], tiny_model_dir: Path) -> None:
+    rate = {"learning_rate": 0.001 if method == "full" else 0.01}
+    path = trained(tuning={"method": method, "targets": {"spectrum": 0.5}}, optimizer=rate)
+    found, expected = only(path), api.spectrum(str(tiny_model_dir), share=0.5).chosen
+    assert sorted(module.module for module in found.modules) == sorted(expected)
+    assert len(expected) == 7
+    if method == "full":
+        assert any("8 matrices did not change" in note for note in found.notes)  # the other seven, and the embedding
 
 
 # --- pairs ---------------------------------------------------------------------------------------------------------------------------
