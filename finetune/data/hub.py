@@ -7,9 +7,9 @@ version that its cache holds, whatever commit was asked for: the commit of what 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from finetune.config.data import HubSource
 from finetune.data.records import Row
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 1000
 
 
-class Load(Protocol):
-    """What `datasets.load_dataset` is."""
-
-    def __call__(self, path: str, name: str | None, *, split: str, revision: str, keep_in_memory: bool) -> datasets.Dataset:
-        """The rows of one split."""
+Load = Callable[..., "datasets.Dataset"]
+"""`datasets.load_dataset`, or what a test puts in its place."""
 
 
 def read_hub(source: HubSource, load: Load | None = None) -> Iterator[Row | DataError]:
