@@ -61,7 +61,7 @@ def peft_config(model: Any, tuning: Peft, given: Given) -> PeftConfig:
         case Ia3():
             return _ia3(model)
         case Prompt() | Prefix():
-            return _virtual(tuning)
+            return _virtual(model, tuning)
         case Norm():
             return LNTuningConfig(task_type=_TASK, target_modules=norm_modules(model))
     assert_never(tuning)
@@ -87,17 +87,37 @@ def _vera(tuning: Vera, targets: list[str], seed: int) -> VeraConfig:
     )
 
 
-def _virtual(tuning: Prompt | Prefix) -> PeftConfig:
+def _virtual(model: Any, tuning: Prompt | Prefix) -> PeftConfig:
     """Prompts start as the embeddings of random tokens; `begin` sets every other start."""
     if isinstance(tuning, Prompt):
         return PromptTuningConfig(task_type=_TASK, num_virtual_tokens=tuning.tokens, prompt_tuning_init="SAMPLE_VOCAB")
-    return PrefixTuningConfig(task_type=_TASK, num_virtual_tokens=tuning.tokens)
+    # asked of the model: what its configuration says of heads means something else in some architectures
+    kept = _keys_and_values(model, torch.zeros((1, 1), dtype=torch.int64))
+    heads, _, size = kept[0].shape
+    if any(part.shape != kept[0].shape for part in kept):
+        what = "prefix tuning gives every layer keys and values of one shape, and the layers of this model differ"
+        raise ConfigError(what, where="tuning.method", fix="use `method: prompt`")
+    layers, width = len(kept) // 2, heads * size
+    return PrefixTuningConfig(
+        task_type=_TASK, num_virtual_tokens=tuning.tokens, num_layers=layers, num_attention_heads=heads, token_dim=width
+    )
+
+
+@torch.no_grad()
+def _keys_and_values(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """What each layer keeps of ``ids`` (1, tokens), keys and values in turn: each (heads, tokens, head size)."""
+    cache = model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=True).past_key_values
+    layers = getattr(cache, "layers", ())
+    if not layers or not all(hasattr(layer, "keys") for layer in layers):
+        what = "prefix tuning gives every layer keys and values, and this model has layers without"
+        raise ConfigError(what, where="tuning.method", fix="use `method: prompt`")
+    return [part[0] for layer in layers for part in (layer.keys, layer.values)]
 
 
 def _ia3(model: Any) -> IA3Config:
     kinds = {name: name.rpartition(".")[2] for name in linear_modules(model)}
     attention = next((found for kind in _KEYS_AND_VALUES if (found := [name for name in kinds if kinds[name] in kind])), [])
-    inner = [name for name in kinds if kinds[name] in _INNER]
+    inner = [name for name in kinds if kinds[name] in _INNER or name.endswith(".mlp.c_proj")]
     if not attention or not inner:
         raise ConfigError(
             f"ia3 scales keys, values and the inner activation of the MLP, and this model's {'MLP' if attention else 'attention'} has no "
@@ -157,9 +177,5 @@ def _start_from_activations(model: Any) -> None:
     base = model.get_base_model()
     weight = model.prompt_encoder["default"].embedding.weight
     # as many random tokens, drawn on the CPU so that every device draws the same
-    ids = torch.randint(base.get_input_embeddings().weight.shape[0], (1, len(weight))).to(weight.device)
-    cache = base(input_ids=ids, use_cache=True).past_key_values
-    layers = [part[0] for layer in cache.layers for part in (layer.keys, layer.values)]  # each (heads, tokens, head size)
-    start = torch.stack(layers).permute(2, 0, 1, 3).reshape(len(weight), -1)
-    if start.shape == weight.shape:  # layers of several widths: what PEFT drew stays
-        weight.copy_(start)
+    ids = torch.randint(base.get_input_embeddings().weight.shape[0], (1, len(weight)))
+    weight.copy_(torch.stack(_keys_and_values(base, ids)).permute(2, 0, 1, 3).reshape(len(weight), -1))

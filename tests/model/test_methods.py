@@ -12,7 +12,19 @@ import torch
 from peft import PeftModel
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Starcoder2Config,
+)
 
 from finetune.config.schema import AdaLora, EightBit, FourBit, NoQuantization, Prefix, Prompt, Quantization, Tuning
 from finetune.errors import ConfigError, VerificationError
@@ -21,6 +33,7 @@ from finetune.model.adapters import WEIGHTS, attach, is_adapter, load, read_into
 from finetune.model.head import target_losses
 from finetune.model.load import load_base
 from finetune.model.methods import Given
+from finetune.model.targets import linear_modules
 from finetune.model.virtual import virtual_tokens
 
 Llama = Callable[..., Path]
@@ -371,10 +384,8 @@ def test_bitfit_without_biases_offers_norms_and_their_number(llama: Llama) -> No
 
 
 def test_norm_leaves_the_shifts_of_layer_norms_alone() -> None:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = attach(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)), TypeAdapter(Tuning).validate_python({"method": "norm"}))
+    model = attach(AutoModelForCausalLM.from_config(GPTNeoXConfig(**sizes)), TypeAdapter(Tuning).validate_python({"method": "norm"}))
     assert {name.rpartition(".")[2] for name in trainable(model)} == {"weight"}
     assert sum(parameter.numel() for parameter in trainable(model).values()) == 5 * 32
 
@@ -388,3 +399,73 @@ def test_norm_of_the_builtin_model_trains_what_the_paper_of_methods_says() -> No
     from finetune.model.methods import norm_parameters
 
     assert norm_parameters(model) == 35_136
+
+
+# --- other architectures, full tuning ---------------------------------------------------------------------------------------------------
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ONE_KEY = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "intermediate_size")}
+ARCHITECTURES: dict[str, tuple[PreTrainedConfig, tuple[str, ...]]] = {
+    "capped logits": (Gemma2Config(**SIZES, head_dim=8), ("prompt", "prefix", "norm", "ia3")),
+    "one matrix for queries, keys and values": (Phi3Config(**SIZES), ("ia3", "houlsby")),
+    "one key head for all": (FalconConfig(**ONE_KEY, new_decoder_architecture=False), ("prefix", "bitfit", "houlsby")),
+    "an MLP of other names": (Starcoder2Config(**SIZES), ("ia3", "bitfit")),
+    "parallel sublayers": (
+        GPTNeoXConfig(**{key: SIZES[key] for key in ONE_KEY}, intermediate_size=64),
+        ("prefix", "bitfit", "houlsby", "vera"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("architecture", "name"), [(key, name) for key, (_, names) in ARCHITECTURES.items() for name in names])
+def test_other_architectures(tmp_path: Path, architecture: str, name: str) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(ARCHITECTURES[architecture][0]).float().save_pretrained(tmp_path / "base")
+
+    def fresh() -> Any:
+        return load_base(tmp_path / "base", PLAIN, torch.float32, CPU)
+
+    tuning = TypeAdapter(Tuning).validate_python({"method": name} | METHODS.get(name, ({}, 0))[0])
+    model = attach(fresh(), tuning)
+    target_losses(model.train(), *ROWS).mean().backward()
+    assert [key for key, parameter in trainable(model).items() if parameter.grad is None] == []
+    for parameter in trainable(model).values():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    save(model, tmp_path)
+    loaded = load(fresh(), tmp_path)
+    assert torch.equal(losses(loaded), losses(model))
+    with switched_off(loaded):
+        torch.testing.assert_close(losses(loaded), losses(fresh()), rtol=0, atol=1e-5)
+    assert (losses(loaded) - losses(fresh())).abs().max() > 1e-4
+
+
+def test_full_tuning_by_spectrum_trains_the_chosen_weights_alone(llama: Llama) -> None:
+    model = base(llama)
+    names = linear_modules(model)
+    ratios = {name: float(".1." in name) for name in names}
+    model = attach(model, TypeAdapter(Tuning).validate_python({"method": "full", "targets": {"spectrum": 0.5}}), Given(ratios=ratios))
+    assert set(trainable(model)) == {f"{name}.weight" for name in names if ".1." in name}
+    frozen = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    train(model)
+    live = dict(model.named_parameters())
+    assert all(torch.equal(live[name], value) for name, value in frozen.items())
+
+
+@pytest.mark.parametrize("name", ["lora", "tied-lora", "adalora", "vera"])
+def test_spectrum_chooses_the_targets_of_every_method_that_has_them(llama: Llama, name: str) -> None:
+    model = base(llama)
+    ratios = {module: float(".1." in module) for module in linear_modules(model)}
+    fields = METHODS[name][0] | {"targets": {"spectrum": 0.5}}
+    model = attach(model, TypeAdapter(Tuning).validate_python({"method": name} | fields), Given(ratios=ratios))
+    assert trainable(model)
+    assert all(".layers.1." in key for key in trainable(model))
