@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart test test-fast check fix docs clean
+.PHONY: bench-loftq help quickstart test test-fast check fix docs clean bench-data
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -70,12 +70,18 @@ check: $(VENV)/.dev ## style, types, layers, dead code, generated documents
 	$(BIN)/vulture
 	$(BIN)/python docs/build.py --check
 
+bench-data: $(VENV)/.quickstart ## rows a second and memory of data preparation, into docs/benchmarks/data.json
+	$(BIN)/python benchmarks/data.py
+
 fix: $(VENV)/.dev ## format, and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.dev ## generate docs/config.md, docs/cli.md and the JSON schemas
 	$(BIN)/python docs/build.py
+
+bench-loftq: $(VENV)/.dev ## what LoftQ gains and costs on the real model (docs/benchmarks/loftq.json)
+	$(BIN)/python benchmarks/loftq.py
 
 clean: ## remove the environment, runs and caches of this checkout
 	rm -rf $(VENV) runs merged .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
