@@ -56,5 +56,6 @@ class Meter:
                 self.weigh(key)
                 self.weigh(item)
         elif isinstance(value, Iterable) and hasattr(value, "__len__") and not isinstance(value, (str, Undefined)):
+            self.charge(3 * len(value))  # a step of Python each
             for item in value:
                 self.weigh(item)

@@ -74,7 +74,7 @@ class _Formatter(SandboxedFormatter):
 class Sandbox(ImmutableSandboxedEnvironment):
     """The environment that transformers compiles chat templates in, with prices. One rendering at a time: the meter is shared."""
 
-    intercepted_binops = frozenset(("*", "**", "%"))  # `+` and `~` are rewritten by finetune.data.template
+    intercepted_binops = frozenset(("*", "**", "%"))  # `+` and `~` are rewritten by finetune.data.instrument
 
     def __init__(self) -> None:
         self.meter = Meter()
@@ -97,7 +97,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - a template may pass `self=`
         """Pay, then call."""
-        __self.meter.charge(1)
+        __self.meter.charge(10)
         if isinstance(__obj, BuiltinMethodType | MethodType):
             owner = __obj.__self__
             if isinstance(owner, str):

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import Template, TemplateError, nodes, pass_context
-from jinja2.runtime import Context
+from jinja2 import Template, TemplateError
 
+from finetune.data.instrument import instrument
 from finetune.data.meter import OverBudgetError
 from finetune.data.sandbox import Sandbox
 from finetune.errors import DataError
@@ -74,7 +74,7 @@ class ChatTemplate:
         self._sandbox.meter.start(_BASE_BUDGET)  # Jinja computes constants while it compiles
         try:
             tree = self._sandbox.parse(source)
-            _meter(self._sandbox, tree)
+            instrument(self._sandbox, tree)
             return Template.from_code(self._sandbox, self._sandbox.compile(tree), {})
         except (TemplateError, SyntaxError, *_FAULTS) as error:
             raise DataError(
@@ -121,112 +121,3 @@ def _starts(seen: Sequence[tuple[int, int, int]], count: int) -> tuple[int, ...]
     if numbers != list(range(count - len(found), count)):
         return None
     return (0,) * (count - len(found)) + tuple(written for _, written in found)
-
-
-def _meter(environment: Sandbox, tree: nodes.Template) -> None:
-    """Rewrite a parsed template: loops and macros call the meter, and what Jinja offers no hook for becomes a filter."""
-    meter = environment.meter
-
-    @pass_context  # which also keeps Jinja from calling it once, while compiling
-    def body(_: Context, cost: int) -> str:
-        meter.charge(cost)
-        return ""
-
-    @pass_context
-    def turn(_: Context, item: object, cost: int, loop: int) -> str:
-        meter.charge(cost)
-        number = meter.numbers.get(id(item))
-        if number is not None:
-            meter.seen.append((loop, number, meter.written))
-        return ""
-
-    @pass_context
-    def sized(_: Context, value: Any, inside: bool) -> Any:
-        if not (inside and isinstance(value, dict)):  # a dict looks its keys up
-            (meter.touch if isinstance(value, str) else meter.weigh)(value)
-        return value
-
-    @pass_context
-    def sliced(_: Context, value: Any) -> Any:
-        meter.touch(value)
-        return value
-
-    @pass_context
-    def joined(_: Context, values: list[Any]) -> str:
-        meter.weigh(values)
-        return "".join(map(str, values))
-
-    @pass_context
-    def added(_: Context, values: list[Any]) -> Any:
-        if all([type(value) is str for value in values]):  # nearly always
-            meter.charge((sum(map(len, values)) >> 3) + 1)
-            return "".join(values)
-        total = values[0]
-        for value in values[1:]:
-            meter.touch(total)
-            meter.touch(value)
-            total = total + value
-        return total
-
-    # Names with a space cannot be written in a template, so none can call them.
-    environment.filters |= {"a body": body, "a turn": turn, "a size": sized, "a piece": sliced, "a text": joined, "a sum": added}
-    _meter_bodies(tree, buffered=False)
-    _meter_expressions(tree)
-
-
-def _meter_bodies(parent: nodes.Node, *, buffered: bool) -> None:
-    """Put a call at the start of every body. Where output is ``buffered`` for later, no message's place can be seen."""
-    for node in parent.iter_child_nodes():
-        holds = buffered or isinstance(node, (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock))
-        holds = holds or (isinstance(node, nodes.For) and node.recursive)
-        _meter_bodies(node, buffered=holds)
-        if isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)):
-            cost = nodes.Const(_cost(node))
-            call = _filter(cost, "a body")
-            if isinstance(node, nodes.For) and isinstance(node.target, nodes.Name) and not holds:
-                call = _filter(nodes.Name(node.target.name, "load"), "a turn", cost, nodes.Const(id(node)))
-            node.body.insert(0, nodes.ExprStmt(call))
-            if isinstance(node, nodes.For) and node.test is not None:  # items that it rejects never reach the body
-                node.test = nodes.Or(_filter(cost, "a body"), node.test)
-
-
-def _cost(node: nodes.Node) -> int:
-    """Nodes, and characters of text, that one turn of a body may go through."""
-    return 1 + sum(len(item.data) if isinstance(item, nodes.TemplateData) else 1 for item in node.find_all(nodes.Node))
-
-
-def _meter_expressions(parent: nodes.Node) -> None:
-    for field, value in parent.iter_fields():
-        if isinstance(value, list):
-            for place, item in enumerate(value):
-                if isinstance(item, nodes.Node):
-                    value[place] = _metered(item)
-        elif isinstance(value, nodes.Node):
-            setattr(parent, field, _metered(value))
-
-
-def _metered(node: nodes.Node) -> nodes.Node:
-    if isinstance(node, nodes.Add):
-        return _filter(nodes.List([_metered(term) for term in _terms(node)]), "a sum")
-    _meter_expressions(node)
-    match node:
-        case nodes.Concat():
-            return _filter(nodes.List(node.nodes), "a text")
-        case nodes.Getitem(arg=nodes.Slice()):
-            node.node = _filter(node.node, "a piece")
-        case nodes.Operand() if not isinstance(node.expr, (nodes.Const, nodes.List, nodes.Tuple)):
-            node.expr = _filter(node.expr, "a size", nodes.Const(node.op in ("in", "notin")))
-    return node
-
-
-def _terms(node: nodes.Node) -> list[nodes.Node]:
-    """The operands of `a + b + c`, which Jinja reads as `(a + b) + c`; in a loop, since hundreds may stand in a row."""
-    terms = []
-    while isinstance(node, nodes.Add):
-        terms.append(node.right)
-        node = node.left
-    return [node, *reversed(terms)]
-
-
-def _filter(value: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
-    return nodes.Filter(value, name, list(args), [], None, None)

@@ -132,7 +132,7 @@ class Turns:
         roles = [message.role for message in record.messages]
         if roles[0] == "assistant" or "system" in roles[1:]:
             return False
-        with_calls = "tool" in roles or any([message.tool_calls for message in record.messages])
+        with_calls = "tool" in roles or any(message.tool_calls for message in record.messages)
         key = (roles[0] == "system", bool(record.tools), with_calls, roles.count("assistant") > 1 + with_calls)
         if key not in self._stable:
             self._stable[key] = self._probe(_Kind(*key))
