@@ -106,6 +106,8 @@ def _without_effect(tree: Node, applied: dict[KeyPath, Node]) -> list[Problem]:
     problems = []
     for path, node in applied.items():
         kept = tree.find(path)
+        if kept is None and node.content is None:
+            continue  # it removed a name of a table
         if kept is None or (kept.at.document is not node.at.document and not isinstance(node.content, dict)):
             problems.append(Problem(f"`{dotted(path)}` is undone by a later override", str(node.at), "remove one of the two"))
     return problems

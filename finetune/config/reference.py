@@ -20,7 +20,8 @@ editors, and `finetune config show CONFIG` prints every value of a file with its
 
 **Layers.** `extends: domain-knowledge` (a recipe, a file relative to this one, or a list of them) puts presets under the file; `-o a.b=c`
 puts one value over it. Mappings merge, lists are replaced; where a section has kinds (`method: lora`, `method: full`), choosing another
-kind replaces the section. Presets do not extend others. In an override, list entries are counted from 0 (`-o data.train.0.weight=2`), and
+kind replaces the section. A preset's group, pattern or column is removed with `null` (`-o optimizer.groups.mlp=null`).
+Presets do not extend others. In an override, list entries are counted from 0 (`-o data.train.0.weight=2`), and
 a key with a dot is quoted (`-o 'optimizer.groups."layers.0".lr_ratio=2'`).
 
 **Values.** YAML 1.2: `1e-4` is a number; `yes`, `no` and `on` are words, a switch is `true` or `false`. Duplicate keys, tags and merge

@@ -53,6 +53,15 @@ def test_layers_merge_left_to_right_also_where_a_union_changes_twice(presets: Pa
     assert config.tuning == Lora(method="lora")  # nothing of first.yaml's rank comes back through full.yaml
 
 
+@pytest.mark.usefixtures("presets")
+def test_a_name_that_a_preset_chose_is_removed_with_null(minimal: str, load: Any, problems: Any):
+    base = minimal + "extends: first.yaml\n"
+    assert set(load(base + "optimizer: {groups: {mlp: null}}\n").config.optimizer.groups) == {"attention"}
+    assert load(base, "optimizer.groups.mlp=null", "optimizer.groups.attention=null").config.optimizer.groups == {}
+    (problem,) = problems(minimal, "optimizer.groups.mlp=null")  # there is nothing to remove
+    assert "`optimizer.groups.mlp` has nothing under it" in problem.what
+
+
 def test_lists_are_replaced(minimal: str, load: Any):
     text = minimal.replace("{method: lora}", "{method: lora, targets: [k_proj]}") + "extends: second.yaml\n"
     assert load(text).config.tuning.targets == ("k_proj",)

@@ -89,5 +89,5 @@ def test_a_run_without_a_recorded_optimizer_keeps_the_stated_one() -> None:
 
 
 def test_prefix_tuning_never_recomputes_activations() -> None:
-    config = load_config(ROOT / "configs" / "quickstart.yaml", ["tuning={method: prefix}"]).config
+    config = load_config(ROOT / "configs" / "cpu-smoke.yaml", ["tuning={method: prefix}"]).config
     assert resolve(config, GPU).gradient_checkpointing.value is False
