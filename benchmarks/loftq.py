@@ -202,8 +202,10 @@ def main() -> None:
         found["share_of_gap_closed"] = (results["nf4"] - found["perplexity"]) / gap
         results["loftq"].append(found)
         print(
-            f"LoftQ r={rank} iterations={iterations:<4} perplexity {found['perplexity']:.3f}, {found['share_of_gap_closed']:.0%} of the gap"
-            f"; {found['seconds']:.1f} s ({found['seconds_from_cache']:.1f} s from the cache), peak {found['peak_mib']:.0f} MiB ({found['peak_with_mapped_files_mib']:.0f} with mapped files)",
+            f"LoftQ r={rank:<3} {iterations} iterations: perplexity {found['perplexity']:.3f}, "
+            f"{found['share_of_gap_closed']:.0%} of the gap closed; "
+            f"{found['seconds']:.1f} s ({found['seconds_from_cache']:.1f} s from the cache), "
+            f"peak {found['peak_mib']:.0f} MiB ({found['peak_with_mapped_files_mib']:.0f} with mapped files)",
             flush=True,
         )
     results["layers"] = []

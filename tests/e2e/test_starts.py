@@ -24,6 +24,7 @@ Write = Callable[..., Path]
 Train = Callable[..., Path]
 TRAIN = {"epochs": 3, "batch_size": 4, "precision": "fp32", "tokens_per_device": 128, "checkpoint": {"every_steps": 4, "keep": 9}}
 IDS = torch.arange(3, 60)[None]
+NEW = torch.tensor([[320, 5, 321, 9, 320]])
 LORA = {"method": "lora", "rank": 8, "alpha": 24, "scaling": "rslora", "rank_pattern": {"q_proj": 4}}
 
 
@@ -42,8 +43,8 @@ def killed_after(run: Path, copy: Path, step: int) -> None:
 
 
 @torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model.eval()(input_ids=IDS).logits
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    return model.eval()(input_ids=ids).logits
 
 
 INITS = ({"method": "pissa"}, {"method": "olora"}, {"method": "eva", "rows": 7}, {"method": "orthogonal"})
@@ -113,7 +114,14 @@ def test_a8_new_tokens_train_resume_and_reload(
     enlarge(pristine, ids)
     model, using = finished.untrained()
     with using():
-        torch.testing.assert_close(logits(model), logits(pristine), rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(model, NEW), logits(pristine, NEW), rtol=0, atol=1e-5)
+
+    if tuning != "full":
+        merged = api.merge(run, tmp_path / "merged", dtype="fp32").destination
+        plain = AutoModelForCausalLM.from_pretrained(merged)
+        torch.testing.assert_close(logits(plain, NEW), logits(finished.model, NEW), rtol=0, atol=1e-5)
+        assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tied
+        assert len(plain.model.embed_tokens.weight) >= len(load_tokenizer(merged)) == 322
 
     killed = tmp_path / "killed"
     shutil.copytree(run, killed)

@@ -46,7 +46,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, so that a test neither finds what others left there nor leaves anything."""
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

@@ -29,7 +29,7 @@ NF4, FP4, INT8 = FourBit(method="nf4"), FourBit(method="fp4"), EightBit(method="
 FP32 = torch.float32
 TOKENS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(4))
 Llama = Callable[..., Path]
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def loftq(iterations: int = 1, **settings: Any) -> LoftqInit:
@@ -268,9 +268,9 @@ def test_each_module_has_its_own_rank_and_scale(llama: Llama, quantization: Any)
         assert left < 0.98 * plain, name
 
 
-def test_a_second_start_reads_the_factors_of_the_first(llama: Llama, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_start_reads_the_factors_of_the_first(llama: Llama, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, report = adapted(llama(), NF4, 2)
-    assert report.directory.parent == own_cache / "loftq"
+    assert report.directory.parent == empty_cache / "loftq"
     monkeypatch.setattr("finetune.model.loftq.low_rank", lambda *_args, **_options: pytest.fail("computed again"))
     second, again = adapted(llama(), NF4, 2)
     assert again == report

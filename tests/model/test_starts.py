@@ -36,7 +36,7 @@ Llama = Callable[..., Path]
 CPU, FP32 = torch.device("cpu"), torch.float32
 TOKENS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(4))
 PISSA, OLORA = PissaInit(method="pissa"), OloraInit(method="olora")
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def base_of(directory: Path, dtype: torch.dtype = FP32, quantization: Any = None) -> Any:
