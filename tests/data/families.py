@@ -1,7 +1,7 @@
 """Five template families, each with a small byte-level tokenizer that carries its special tokens.
 
-The templates in tests/data/templates are written in the shape of SmolLM2's, Llama 3's, Qwen's, Gemma's and Mistral's. `python -m tests.data.families`
-writes the golden file anew; read its diff before it is committed.
+The templates in tests/data/templates are written in the shape of SmolLM2's, Llama 3's, Qwen's, Gemma's and Mistral's.
+`python -m tests.data.families` writes the golden file anew; read its diff before it is committed.
 """
 
 from __future__ import annotations
