@@ -139,7 +139,8 @@ def _handle_near(data: Data, rows: _Rows, arranged: Arranged, near: SignatureFil
     """Among rows that are not equal: equal ones are counted apart."""
 
     def same(left: Rows, right: Rows) -> npt.NDArray[np.bool_]:
-        return np.logical_or(rows.index.row[left] == rows.index.row[right], rows.first[left] == rows.first[right])
+        equal: npt.NDArray[np.bool_] = (rows.index.row[left] == rows.index.row[right]) | (rows.first[left] == rows.first[right])
+        return equal
 
     distinct = arranged.train[rows.first[arranged.train] == arranged.train]
     close, leaked = near.partners(distinct, arranged.validation, same)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -20,7 +22,7 @@ def save_rows(path: Path, train: Examples, validation: Examples) -> None:
     """Write the validation rows, or where there are none the first training rows, by which a merge can still be checked."""
     rows = validation or train[:_PROBE_ROWS]
     flat = Flat.of(rows)
-    tensors = {"ids": flat.ids, "mask": flat.mask.astype(np.uint8), "lengths": np.diff(flat.offsets)}
+    tensors: dict[str, npt.NDArray[Any]] = {"ids": flat.ids, "mask": flat.mask.astype(np.uint8), "lengths": np.diff(flat.offsets)}
     save_file(tensors, path, {"kind": "validation" if validation else "training"})
 
 

@@ -19,7 +19,7 @@ def global_batch(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Indices of the examples of optimizer step ``step`` (0-based, counted over the whole run); the last of an epoch may be fewer."""
     per_epoch = -(-rows // batch_size)
     epoch, within = divmod(step, per_epoch)
-    return _order(rows, seed, epoch)[within * batch_size : (within + 1) * batch_size].tolist()
+    return [int(index) for index in _order(rows, seed, epoch)[within * batch_size : (within + 1) * batch_size]]
 
 
 @lru_cache(maxsize=2)

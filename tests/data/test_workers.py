@@ -56,7 +56,7 @@ def test_b10_a_process_that_dies_is_an_error() -> None:
 
 
 def test_what_the_work_raises_passes_through() -> None:
-    with pytest.raises(ValueError, match="math domain|nonnegative"):
+    with pytest.raises(ValueError, match=r"math domain|nonnegative"):
         list(in_order(math.sqrt, [4.0, -1.0], 2))
 
 
