@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from finetune.data.batches import collate, cut
+from finetune.data.examples import Examples
 from finetune.data.render import Example
 from finetune.model.head import target_losses
 
@@ -36,7 +37,8 @@ class Scorer:
         ``advance`` is told how many examples were done.
         """
         self.model.eval()
-        for piece in cut([len(example.ids) for example in examples], self.max_tokens):
+        lengths = examples.lengths.tolist() if isinstance(examples, Examples) else [len(example.ids) for example in examples]
+        for piece in cut(lengths, self.max_tokens):
             chosen = [examples[index] for index in piece]
             batch = collate(chosen).to(self.device)
             with self.autocast():

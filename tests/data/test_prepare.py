@@ -178,8 +178,8 @@ def test_duplicates_are_counted_dropped_or_refused(tmp_path: Path, renderer: Ren
 
 
 LONG = (
-    "in the first week of the study each patient of the second group kept a diary and was seen twice by the same doctor who did not know "
-    "to which of the groups a patient belonged and both times the reading was above the limit that the guideline names for most of the adults"
+    "in the first week of the study each patient of the second group kept a diary and was seen twice by the same doctor who did not "
+    "know to which of the groups a patient belonged and both times the reading was above the limit that the guideline names for most adults"
 )
 
 
