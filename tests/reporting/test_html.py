@@ -19,7 +19,7 @@ def run(tmp_path: Path) -> RunDirectory:
     run = RunDirectory(tmp_path)
     run.config.write_text(f"model: {HOSTILE}\n")
     run.environment.write_text(json.dumps({"started": "today", "seed": 0, "machine": {"name": HOSTILE}, "versions": {"python": "3"}}))
-    data = {"training rows": 3, "training tokens": 1000, "training supervised tokens": 500}
+    data = {"train": {"examples": 3, "tokens": 1000, "supervised": 500}}
     run.plan.write_text(json.dumps({"steps": {"total": 2}, "data": data}))
     rows = [{"kind": "step", "step": n, "loss": 2.0 / n, "learning_rates": {HOSTILE: 0.1}, "tokens": 10, "seconds": 1.0} for n in (1, 2)]
     run.metrics.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"kind": "evaluation", "step": 2, "validation_loss": 1.5}]))
