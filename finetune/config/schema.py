@@ -162,7 +162,7 @@ class Galore(Section):
     """Gradients projected on a low-rank subspace, so that AdamW's states are small (GaLore, 2403.03507)."""
 
     rank: Annotated[int, Field(ge=1, le=8192)] = 128
-    """Rank of the subspace of each linear weight's gradient. Weights with no side above it are not projected."""
+    """Rank of the subspace of each linear weight's gradient. Weights whose shorter side is not above it are left to AdamW."""
     every_steps: Count = 200
     """Optimizer steps after which the subspace is computed anew."""
     scale: Positive = 0.25

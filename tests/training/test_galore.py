@@ -62,9 +62,9 @@ def test_the_first_step_follows_the_paper(shape: tuple[int, int]) -> None:
     before = weight.detach().double()
     weight.grad = gradient.clone()
     GaLore([{"params": [weight], "lr": 0.1, "weight_decay": 0.5}], betas=(0.9, 0.999), eps=1e-8, rank=3, every_steps=5, scale=0.25).step()
-    # independent: after one step Adam's direction is R / (|R| + eps), and P from the eigenvectors of G G^T (or G^T G)
+    # independent: P from the SVD of the paper, and after one step Adam's direction is R / (|R| + eps)
     g = gradient.double() if shape[0] <= shape[1] else gradient.double().T
-    vectors = torch.linalg.eigh(g @ g.T).eigenvectors[:, -3:]
+    vectors = torch.linalg.svd(g).U[:, :3]
     seen = vectors.T @ g
     update = vectors @ (seen / (seen.abs() + 1e-8))
     update = update if shape[0] <= shape[1] else update.T
@@ -109,6 +109,15 @@ def test_with_an_identity_for_projector_every_step_is_adamw() -> None:
         galore.step()
         adamw.step()
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_the_subspace_holds_as_much_of_the_gradient_as_the_best_one() -> None:
+    for shape in [(40, 90), (90, 40)]:
+        strong = torch.logspace(0, -3, 40)  # a gradient whose directions fade, as real ones do
+        u, v = torch.linalg.qr(matrix(shape[0], 40).detach())[0], torch.linalg.qr(matrix(shape[1], 40, seed=1).detach())[0]
+        gradient = (u * strong) @ v.T
+        kept = project(gradient, subspace(gradient, 10)).norm()
+        assert kept == pytest.approx(float(strong[:10].norm()), rel=1e-5)
 
 
 def test_the_subspace_is_renewed_every_n_steps() -> None:
