@@ -28,7 +28,7 @@ def pairs(directory: Path, texts: list[str], left: list[int], right: list[int]) 
     file = SignatureFile(directory / "scratch")
     for start in range(0, len(texts), 3):  # in chunks, as they come
         file.append(signatures([Text(text, "") for text in texts[start : start + 3]]))
-    found = file.partners(np.array(left), np.array(right), lambda a, b: np.zeros(len(a), dtype=bool))
+    found = file.partners(np.array(left), np.array(right), lambda a, _: np.zeros(len(a), dtype=bool))
     file.close()
     return list(zip(found[0].tolist(), found[1].tolist(), strict=True))
 
