@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Undefined
@@ -55,7 +55,7 @@ class Meter:
             for key, item in value.items():
                 self.weigh(key)
                 self.weigh(item)
-        elif isinstance(value, Iterable) and hasattr(value, "__len__") and not isinstance(value, (str, Undefined)):
+        elif isinstance(value, Collection) and not isinstance(value, (str, Undefined)):
             self.charge(3 * len(value))  # a step of Python each
             for item in value:
                 self.weigh(item)
