@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -91,17 +91,18 @@ class Analysis:
     @property
     def title(self) -> str:
         """Of the plot."""
-        return f"What training changed: {', '.join(Path(run.run).name for run in self.runs)}"
+        return f"What training changed: {', '.join(_labels(self.runs).values())}"
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What every figure means, and what is particular to a run."""
         pairs = ("phi(i, j): 0 where the directions are orthogonal, 1 where one space lies in the other",) if self.pairs else ()
-        return (*(f"{Path(run.run).name} ({run.measured}): {note}" for run in self.runs for note in run.notes), *pairs)
+        labels = _labels(self.runs)
+        return (*(f"{labels[run.run]} ({run.measured}): {note}" for run in self.runs for note in run.notes), *pairs)
 
     def panels(self) -> list[Panel]:
         """Figures over the layers, a panel for each type of module; then similarities."""
-        return [*_figure_panels(self.runs), *_similarity_panels(self.pairs)]
+        return [*_figure_panels(self.runs), *_similarity_panels(self.pairs, _labels(self.runs))]
 
 
 def analyze(runs: Sequence[tuple[RunDirectory, Config]], progress: Callable[[str, int], None] = lambda *_: None) -> Analysis:
@@ -207,6 +208,12 @@ def _pair(first: str, second: str, left: Bases, right: Bases) -> Pair:
 # --- plots ---------------------------------------------------------------------------------------------------------------------------
 
 
+def _labels(runs: Sequence[RunAnalysis]) -> dict[str, str]:
+    """The last part of each run's path, or the whole where two end alike."""
+    names = [Path(run.run).name for run in runs]
+    return {run.run: name if names.count(name) == 1 else run.run for run, name in zip(runs, names, strict=True)}
+
+
 def _figure_panels(runs: Sequence[RunAnalysis]) -> Iterator[Panel]:
     kinds = sorted({module.kind for run in runs for module in run.modules})
     for kind in kinds:
@@ -216,20 +223,20 @@ def _figure_panels(runs: Sequence[RunAnalysis]) -> Iterator[Panel]:
 
 
 def _over_layers(title: str, runs: Sequence[RunAnalysis], kind: str, figure: Callable[[ModuleUpdate], float | None]) -> LinePanel:
-    lines = []
+    lines, labels = [], _labels(runs)
     for run in runs:
         modules = [module for module in run.modules if module.kind == kind]
         points = [(float(module.layer or 0), value) for module in modules if (value := figure(module)) is not None]
-        lines.append(Line(Path(run.run).name, tuple(points)))
+        lines.append(Line(labels[run.run], tuple(points)))
     return LinePanel(title, tuple(lines))
 
 
-def _similarity_panels(pairs: Sequence[Pair]) -> Iterator[Panel]:
+def _similarity_panels(pairs: Sequence[Pair], labels: Mapping[str, str]) -> Iterator[Panel]:
     for pair in pairs:
         groups: dict[tuple[str, Of, tuple[int, ...]], list[Similarity]] = {}
         for similarity in pair.similarities:
             groups.setdefault((similarity.kind, similarity.of, similarity.sizes), []).append(similarity)
         for (kind, of, sizes), found in groups.items():
             cells = torch.tensor([one.phi for one in found]).mean(dim=0).tolist()
-            title = f"{kind}, {of}: {Path(pair.first).name[:16]} | {Path(pair.second).name[:16]}"
+            title = f"{kind}, {of}: {labels[pair.first][-16:]} | {labels[pair.second][-16:]}"
             yield GridPanel(title, tuple(map(str, sizes)), tuple(map(tuple, cells)))

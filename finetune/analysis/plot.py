@@ -12,7 +12,7 @@ from finetune.errors import ConfigError
 from finetune.runs import write_text
 
 _WIDTH, _HEIGHT, _COLUMNS, _MARGIN = 320, 200, 3, 16
-_LEFT, _TOP, _BOTTOM = 48, 30, 30
+_LEFT, _TOP, _BOTTOM = 60, 30, 30
 _COLOURS = ("#1f6feb", "#d1571b", "#1a7f37", "#8250df", "#bf3989", "#7d6608", "#0a7d91", "#57606a")
 
 
@@ -71,7 +71,8 @@ def write_plot(path: Path, title: str, notes: Sequence[str], panels: Sequence[Pa
 
 def svg(title: str, notes: Sequence[str], panels: Sequence[Panel]) -> str:
     """One image with ``title``, ``notes`` below it and ``panels`` in rows of three; all text is escaped."""
-    top = 48 + 16 * len(notes)
+    legend = _legend(panels, 48 + 16 * len(notes))
+    top = 48 + 16 * (len(notes) + bool(legend))
     rows = max(1, math.ceil(len(panels) / _COLUMNS))
     width, height = 2 * _MARGIN + _COLUMNS * _WIDTH, top + rows * _HEIGHT + _MARGIN
     parts = [
@@ -79,12 +80,25 @@ def svg(title: str, notes: Sequence[str], panels: Sequence[Panel]) -> str:
         f'font-size="11" fill="#1f2328"><title>{_text(title)}</title><rect width="{width}" height="{height}" fill="#ffffff"/>',
         f'<text x="{_MARGIN}" y="28" font-size="16" font-weight="600">{_text(title)}</text>',
         *(f'<text x="{_MARGIN}" y="{48 + 16 * number}">{_text(note)}</text>' for number, note in enumerate(notes)),
+        legend,
     ]
     for number, panel in enumerate(panels):
         x, y = _MARGIN + number % _COLUMNS * _WIDTH, top + number // _COLUMNS * _HEIGHT
         drawn = _lines(panel) if isinstance(panel, LinePanel) else _grid(panel)
         parts.append(f'<g transform="translate({x},{y})"><text x="4" y="18" font-weight="600">{_text(panel.title)}</text>{drawn}</g>')
     return "\n".join((*parts, "</svg>\n"))
+
+
+def _legend(panels: Sequence[Panel], y: float) -> str:
+    """The names of the lines, once for all panels: in each of them the same ones have the same colours. Empty for one line."""
+    lines = next((panel.lines for panel in panels if isinstance(panel, LinePanel)), ())
+    if len(lines) < 2:
+        return ""
+    names = (
+        f'<tspan fill="{_COLOURS[number % len(_COLOURS)]}" dx="{12 if number else 0}">\u25cf {_text(line.name)}</tspan>'
+        for number, line in enumerate(lines)
+    )
+    return f'<text x="{_MARGIN}" y="{y}">{"".join(names)}</text>'
 
 
 def _text(value: str) -> str:
@@ -111,9 +125,7 @@ def _lines(panel: LinePanel) -> str:
         placed = [place(x, y) for x, y in line.points if _drawable(y, panel.logarithmic)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in placed)
-        drawn.append(f'<g fill="{colour}"><polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>{dots}')
-        legend = f'<text x="{_WIDTH - 24}" y="{_TOP + 10 + 13 * number}" text-anchor="end">{_text(line.name)}</text>'
-        drawn.append((legend if len(panel.lines) > 1 else "") + "</g>")
+        drawn.append(f'<g fill="{colour}"><polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>{dots}</g>')
     return "".join(drawn)
 
 

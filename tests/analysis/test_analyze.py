@@ -233,6 +233,14 @@ def test_a_copy_of_a_run_is_the_same_run_to_phi(trained: Callable[..., Path], tm
         assert [similarity.at(size) for size in similarity.sizes] == pytest.approx([1.0] * len(similarity.sizes))
 
 
+def test_runs_of_one_name_are_told_apart_in_a_plot(trained: Callable[..., Path], tmp_path: Path) -> None:
+    first = trained()
+    second = tmp_path / first.name
+    shutil.copytree(first, second)
+    assert api.analyze([first]).title.endswith(f": {first.name}")
+    assert api.analyze([first, second]).title.endswith(f": {first}, {second}")
+
+
 def test_runs_of_different_methods_are_compared_by_update_alone(trained: Callable[..., Path]) -> None:
     (pair,) = api.analyze([trained(), trained(tuning={"method": "full"}, optimizer={"learning_rate": 0.001})]).pairs
     assert {similarity.of for similarity in pair.similarities} == {"update"}

@@ -55,6 +55,12 @@ def test_panels_with_nothing_or_one_value_are_drawn(points: tuple[tuple[float, f
         ElementTree.fromstring(svg("t", ["note"], [LinePanel("p", (Line("a", points),), logarithmic)]))
 
 
+def test_several_lines_are_named_once_for_all_panels() -> None:
+    panel = LinePanel("p", (Line("one", ((0.0, 1.0),)), Line("two", ((0.0, 2.0),))))
+    names = [element.text or "" for element in elements(svg("t", [], [panel, panel]), "tspan")]
+    assert [name[2:] for name in names] == ["one", "two"]
+
+
 def test_a_grid_shows_every_value() -> None:
     image = svg("t", [], [GridPanel("g", ("1", "4"), ((0.1, 0.2), (0.3, 1.0)))])
     texts = [element.text for element in elements(image, "text")]
