@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from finetune.config.schema import FourBit, NoQuantization, Quantization, Tuning
+from finetune.config.schema import EightBit, FourBit, NoQuantization, Quantization, Tuning
 from finetune.errors import VerificationError
 from finetune.merging.fold import fold
 from finetune.merging.identity import require_identity
@@ -149,6 +149,14 @@ def test_a_bf16_base_is_merged_as_it_computed(tmp_path: Path, kind: str) -> None
     made = make(tmp_path, kind, tied=True, quantization=NF4, dtype=torch.bfloat16)
     fold(made.source, tmp_path / "merged", torch.float32)
     assert require_identity(made.model, tmp_path / "merged", torch.bfloat16) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["adalora", "vera", "ia3", "norm", "bitfit", "new-tokens"])
+def test_an_int8_base_is_merged_as_it_was_dequantized(tmp_path: Path, kind: str) -> None:
+    """The weights, not the logits: int8 layers round their inputs too, which no merged model does."""
+    made = make(tmp_path, kind, tied=False, quantization=EightBit(method="int8"))
+    fold(made.source, tmp_path / "merged", torch.float32)
+    assert require_identity(made.model, tmp_path / "merged", torch.float32) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["ia3", "bitfit"])
