@@ -55,18 +55,20 @@ def _continue(scorer: Scorer, renderer: Renderer, prompts: Sequence[tuple[int, .
     for row, prompt in enumerate(prompts):  # padded on the left, so that all continue at the same place
         tokens[row, width - len(prompt) :] = torch.tensor(prompt)
         attention[row, width - len(prompt) :] = 1
-    with scorer.autocast(), _greedy(scorer.model, tokenizer.eos_token_id, max_tokens):
+    # the token that closes a turn is not always the tokenizer's eos (Gemma's <end_of_turn>)
+    ends = [token for token in {tokenizer.eos_token_id, renderer.end_of_turn} if token is not None]
+    with scorer.autocast(), _greedy(scorer.model, sorted(ends), max_tokens):
         out = scorer.model.generate(input_ids=tokens.to(scorer.device), attention_mask=attention.to(scorer.device))
     return [text.strip() for text in tokenizer.batch_decode(out[:, width:].cpu(), skip_special_tokens=True)]
 
 
 @contextmanager
-def _greedy(model: Any, end: int, max_tokens: int) -> Iterator[None]:
+def _greedy(model: Any, ends: list[int], max_tokens: int) -> Iterator[None]:
     """Inside the block the model generates greedily: its own defaults, such as a repetition penalty, do not apply."""
     core = causal_model(model)
     before = core.generation_config
     core.generation_config = GenerationConfig(
-        max_new_tokens=max_tokens, do_sample=False, use_cache=True, eos_token_id=end, pad_token_id=end
+        max_new_tokens=max_tokens, do_sample=False, use_cache=True, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
     )
     try:
         yield

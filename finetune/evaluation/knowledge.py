@@ -61,7 +61,7 @@ def measure(
 
 
 def _prompt(question: Question) -> tuple[Message, ...]:
-    return tuple(Message(**turn) for turn in question.prompt)
+    return tuple(Message(turn["role"], turn["content"]) for turn in question.prompt)
 
 
 def _figures(arm: str, pairs: Sequence[tuple[Question, Judged]]) -> dict[tuple[str, str, int, str], float]:
