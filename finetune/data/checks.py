@@ -16,7 +16,7 @@ from finetune.data.report import Finding
 
 Flags = npt.NDArray[np.uint8]  # (n,) of `Flag`
 
-MOSTLY_UNSUPERVISED_SHARE = 0.1
+MOSTLY_UNSUPERVISED_SHARE = 0.05
 PLACES = 3
 
 
@@ -35,7 +35,10 @@ _NAMES: dict[Flag, tuple[str, str]] = {
     Flag.REPLACEMENT: ("replacement characters", "U+FFFD stands where a character was lost: decode the source with its true encoding"),
     Flag.CONTROL: ("control characters", "characters that no text needs (C0 or C1 controls): remove them"),
     Flag.MOJIBAKE: ("damaged encoding", "text such as `schÃ¶n` was decoded with the wrong encoding: mend it, for example with ftfy"),
-    Flag.UNSUPERVISED: ("mostly unsupervised", f"under {MOSTLY_UNSUPERVISED_SHARE:.0%} of the tokens carry loss: shorten the prompts"),
+    Flag.UNSUPERVISED: (
+        "mostly unsupervised",
+        f"under {MOSTLY_UNSUPERVISED_SHARE:.0%} of the tokens carry loss: most of the time goes into prompts that teach nothing",
+    ),
 }
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")

@@ -75,6 +75,9 @@ def _load(directory: Path) -> PreparedData:
 def _make(directory: Path, worker: Worker, progress: Progress) -> None:
     """Fill the cache's new ``directory``."""
     data = worker.data
+    for killed in directory.parent.glob(f"{directory.name.rsplit('.', 2)[0]}.*.tmp"):  # the lock is ours, so nobody else writes this key
+        if killed != directory:
+            shutil.rmtree(killed)
     scratch = directory / "scratch"
     near = None if data.near_duplicates == "ignore" else SignatureFile(scratch)
     try:

@@ -33,9 +33,9 @@ def test_answers_by_their_tokens() -> None:
         mask = [bool(number % 2) for number, length in enumerate(runs) for _ in range(length)]
         return Example((7,) * len(mask), tuple(mask), "")
 
-    examples = [example(3, 2), example(3, 3), example(3, 2, 3, 2), example(40, 4), example(3, 1), example(3, 9)]
+    examples = [example(3, 2), example(3, 3), example(3, 2, 3, 2), example(80, 4), example(3, 1), example(3, 9)]
     flags = token_flags(Flat.of(examples)).tolist()
-    # one content token and the end; two; one in each of two turns; 4 of 44 supervised; only the end; plenty
+    # one content token and the end; two; one in each of two turns; 4 of 84 supervised; only the end; plenty
     assert flags == [Flag.TINY, 0, 0, Flag.UNSUPERVISED, Flag.TINY, 0]
 
 

@@ -14,6 +14,7 @@ import pytest
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
+from finetune.cache import cache_directory
 from finetune.config.schema import Data
 from finetune.data import key, reading
 from finetune.data.prepare import prepare
@@ -345,6 +346,15 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, renderer: Renderer, monke
     stored.write_bytes(stored.read_bytes()[:-20])
     assert prepared_anew(settings, renderer)
     assert prepare(settings, renderer, 0).fingerprint == fingerprint
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, renderer: Renderer) -> None:
+    settings = data(rows(tmp_path / "a.jsonl", ["1", "2"]))
+    left = cache_directory() / "prepared" / f".{key.prepared_key(settings, renderer, 0)}.1.tmp"
+    left.mkdir(parents=True)
+    (left / "rows.arrow").write_bytes(b"half")
+    prepare(settings, renderer, 0)
+    assert not left.exists()
 
 
 def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
