@@ -150,9 +150,8 @@ def load(base: Any, directory: Path, *, is_trainable: bool = False) -> Any:
     own = parts.read_config(directory)
     if own is not None:
         model = attach(base, own)
-        model.requires_grad_(False)
         parts.read_parts(model, directory)
-        return model
+        return model if is_trainable else model.requires_grad_(False)
     try:
         with _quiet():
             model = PeftModel.from_pretrained(base, directory, is_trainable=is_trainable, local_files_only=True)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import Config, Full
+from finetune.config.schema import Bitfit, Config, Full, Houlsby
 from finetune.model.adapters import save
 from finetune.model.builtin import public_name
 from finetune.model.correction import FILE as LOFTQ_FILE
@@ -42,7 +42,8 @@ def export(run: RunDirectory, config: Config, tokenizer: Any, model: Any, progre
 def _card(config: Config, step: int, loss: float | None) -> str:
     """A model card with the metadata that model hubs read."""
     measured = "not measured" if loss is None else f"{loss:.4f} nats a supervised token"
-    library = "transformers" if isinstance(config.tuning, Full) else "peft"
+    libraries: dict[type, str] = {Full: "transformers", Bitfit: "finetune", Houlsby: "finetune"}
+    library = libraries.get(type(config.tuning), "peft")
     sources = "\n".join(f"- {source.source}" for source in config.data.train)
     return f"""---
 base_model: {public_name(config.model.id)}
