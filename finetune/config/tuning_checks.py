@@ -100,8 +100,8 @@ def adalora(config: Config) -> Iterator[Finding]:
     tuning = config.tuning
     if not isinstance(tuning, AdaLora):
         return
-    if tuning.init_rank is not None and tuning.init_rank < tuning.rank:
-        what = f"AdaLoRA prunes from `init_rank` down to `rank`, and {tuning.init_rank} is below {tuning.rank}"
+    if tuning.init_rank is not None and tuning.init_rank <= tuning.rank:
+        what = f"AdaLoRA prunes from `init_rank` down to `rank`, and {tuning.init_rank} is not above {tuning.rank}"
         yield Finding(what, "remove `init_rank`: it is one and a half times `rank`", ("tuning", "init_rank"), ("tuning", "rank"))
     if tuning.warmup_ratio + tuning.final_ratio >= 1:
         what = f"no step is left for pruning: `warmup_ratio` and `final_ratio` sum to {tuning.warmup_ratio + tuning.final_ratio:g}"

@@ -161,7 +161,7 @@ CASES: list[tuple[str, dict[str, str], str, str]] = [
     ),
     ("head as target of another method", {"tuning": "{method: adalora, targets: [lm_head]}"}, "no adapter can go to `lm_head`", "lm_head"),
     ("spectrum in a list", {"tuning": "{method: lora, targets: [spectrum]}"}, "no adapter can go to `spectrum`", "spectrum"),
-    ("AdaLoRA that would grow", {"tuning": "{method: adalora, rank: 8, init_rank: 4}"}, "4 is below 8", "init_rank"),
+    ("AdaLoRA that would grow", {"tuning": "{method: adalora, rank: 8, init_rank: 4}"}, "4 is not above 8", "init_rank"),
     (
         "AdaLoRA without a step to prune",
         {"tuning": "{method: adalora, warmup_ratio: 0.5, final_ratio: 0.5}"},
