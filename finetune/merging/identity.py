@@ -7,6 +7,7 @@ live model's own memory and the update from PEFT's own formula, so it also notic
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +94,44 @@ def _base_weight(layer: Any, compute_dtype: torch.dtype) -> Tensor:
 
 def _updated(layer: Any, compute_dtype: torch.dtype) -> Tensor:
     """What a layer with a LoRA, AdaLoRA or VeRA multiplies by, by PEFT's formula where it has one."""
-    if isinstance(layer, AdaLoraLayer):
-        # PEFT's 4-bit layer can compute its update only together with its input
-        factors: Tensor = layer.lora_B[_ADAPTER] @ (layer.lora_A[_ADAPTER] * layer.lora_E[_ADAPTER])
-        scale: Tensor = layer.scaling[_ADAPTER] / (layer.ranknum[_ADAPTER] + 1e-5)
-        return _base_weight(layer, compute_dtype) + factors * scale
-    total: Tensor = _base_weight(layer, compute_dtype) + layer.get_delta_weight(_ADAPTER).float()
+    with _in_fp32(layer):
+        total = _base_weight(layer, compute_dtype) + _update(layer)
     magnitudes = getattr(layer, "lora_magnitude_vector", None)
     if magnitudes is not None and _ADAPTER in magnitudes:
         along = 0 if _ADAPTER in layer.lora_embedding_A else 1
         norms = total.norm(dim=along, keepdim=True)
         total = total * (magnitudes[_ADAPTER].weight.float().reshape(norms.shape) / norms)
     return total
+
+
+def _update(layer: Any) -> Tensor:
+    """What the adapter adds to the weight, by PEFT's formula; its own code for it where that is exact."""
+    delta: Tensor
+    if isinstance(layer, AdaLoraLayer):
+        # PEFT's 4-bit layer can compute its update only together with its input
+        factors = layer.lora_B[_ADAPTER] @ (layer.lora_A[_ADAPTER] * layer.lora_E[_ADAPTER])
+        delta = factors * layer.scaling[_ADAPTER] / (layer.ranknum[_ADAPTER] + 1e-5)
+    elif isinstance(layer, VeraLayer):
+        # PEFT rounds to the type of its projections
+        a, b = layer.vera_A[_ADAPTER][:, : layer.in_features].float(), layer.vera_B[_ADAPTER][: layer.out_features].float()
+        delta = (layer.vera_lambda_b[_ADAPTER][:, None] * b) @ (layer.vera_lambda_d[_ADAPTER][:, None] * a)
+    else:
+        delta = layer.get_delta_weight(_ADAPTER)
+    return delta
+
+
+@contextmanager
+def _in_fp32(layer: Any) -> Iterator[None]:
+    """Inside the block the adapter's tensors in ``layer`` are fp32: PEFT rounds an update to the type of its factors."""
+    adapter = [parameter for name, parameter in layer.named_parameters() if name.startswith(("lora_", "vera_", "ranknum"))]
+    stored = [parameter.data for parameter in adapter]
+    for parameter in adapter:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, data in zip(adapter, stored, strict=True):
+            parameter.data = data
 
 
 def _scaled(layer: Any, compute_dtype: torch.dtype) -> dict[str, Tensor]:

@@ -32,6 +32,8 @@ class MergeSource:
     """The run's `quantization`."""
     compute_dtype: torch.dtype
     """The type the base was loaded with and computed in."""
+    adapter_dtype: torch.dtype = torch.float32
+    """The type the adapter trained in, `train.trainable_dtype`."""
     base: Base = "dequantized"
     """What the update is added to."""
     loftq: bool = False

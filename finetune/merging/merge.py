@@ -190,7 +190,8 @@ def _try(temporary: Path, source: MergeSource, reference: _Reference, name: str,
 def _refusal(parity: Parity, source: MergeSource, dtype: torch.dtype, *, automatic: bool) -> str | None:
     """Why a merge is not good enough; None where it is."""
     # the original base is another model by intent: how much of the gain it keeps decides, not the distance
-    limit = kl_limit(dtype, source.compute_dtype, source.quantization.method) if source.base == "dequantized" else float("inf")
+    computed = torch.bfloat16 if source.adapter_dtype == torch.bfloat16 else source.compute_dtype
+    limit = kl_limit(dtype, computed, source.quantization.method) if source.base == "dequantized" else float("inf")
     found = parity.violations(limit)
     if found:
         return "; ".join(problem.what for problem in found)

@@ -9,6 +9,7 @@ from finetune.errors import ConfigError
 from finetune.finished import load_run
 from finetune.merging.inputs import Base, MergeSource
 from finetune.merging.merge import MergeOptions, MergeReport, merge
+from finetune.model.load import DTYPES
 from finetune.model.tokens import token_ids
 from finetune.runs import RunDirectory, write_json
 
@@ -27,6 +28,7 @@ def merge_run(run: RunDirectory, config: Config, destination: Path, *, base: Bas
         finished.directory,
         config.quantization,
         finished.dtype,
+        adapter_dtype=DTYPES[config.train.trainable_dtype],
         base=base,
         loftq=finished.loftq,
         new_ids=token_ids(finished.renderer.tokenizer, config.model.new_tokens),

@@ -153,12 +153,19 @@ def begin(model: Any, tuning: Peft) -> None:
             _start_from_text(model, text)
         case Prefix():
             _start_from_activations(model)
+        case AdaLora():
+            # a part of the scale, which no file holds; PEFT makes it trainable when it raises a bf16 one to fp32
+            _freeze(model, re.compile(r"\.ranknum\."))
         case Norm():
-            for name, parameter in model.named_parameters():
-                if ".ln_tuning_layers." in name and not name.endswith(".weight"):
-                    parameter.requires_grad_(False)  # shifts stay: scales alone train
+            _freeze(model, re.compile(r"\.ln_tuning_layers\..*\.(?!weight$)[^.]*$"))  # shifts stay: scales alone train
         case _:
             pass
+
+
+def _freeze(model: Any, pattern: re.Pattern[str]) -> None:
+    for name, parameter in model.named_parameters():
+        if pattern.search(name):
+            parameter.requires_grad_(False)
 
 
 def _start_from_text(model: Any, text: str) -> None:

@@ -35,6 +35,23 @@ def test_a8_a_run_with_new_tokens_is_merged_with_its_vocabulary(
     assert tokenizer("a <note> b")["input_ids"].count(tokenizer.convert_tokens_to_ids("<note>")) == 1
 
 
+@pytest.mark.parametrize(
+    "tuning",
+    [{"method": "lora", "rank": 8, "alpha": 16}, {"method": "adalora", "rank": 2, "init_rank": 4, "every_steps": 1}, {"method": "vera"}],
+    ids=lambda tuning: tuning["method"],
+)
+def test_a12_an_adapter_that_trained_in_bf16_is_merged_in_fp32(
+    write_config: Run, train_here: Run, tmp_path: Path, tuning: dict[str, object]
+) -> None:
+    """PEFT rounds such an update to bf16 when asked for it; what the layer computes with, factor by factor, is what is merged."""
+    train = {"epochs": 3, "batch_size": 8, "precision": "bf16", "tokens_per_device": 512, "trainable_dtype": "bf16"}
+    run = train_here(write_config(tuning=tuning, optimizer={"learning_rate": 0.05}, train=train))
+    report = api.merge(run, tmp_path / "merged", dtype="fp32")
+    assert report.trials[0].identity is not None
+    assert report.trials[0].identity < 1e-5
+    assert report.parity.gain_kept == pytest.approx(1.0, abs=0.05)
+
+
 @pytest.mark.parametrize("method", ["prompt", "prefix", "houlsby", "full"])
 def test_what_is_no_change_of_a_weight_is_refused_with_an_alternative(
     write_config: Run, train_here: Run, tmp_path: Path, method: str

@@ -19,7 +19,7 @@ from finetune.merging.fold import fold
 from finetune.merging.identity import require_identity
 from finetune.merging.inputs import MergeSource
 from finetune.merging.merge import MergeOptions, merge
-from finetune.model.adapters import attach, load, save, switched_off
+from finetune.model.adapters import attach, load, save, switched_off, trainable
 from finetune.model.methods import Given
 from finetune.model.tokens import enlarge
 from tests.merging.conftest import TOKENS, load_base, randomize, write_llama
@@ -166,6 +166,15 @@ def test_a_whole_merge_of_another_method_is_proven(tmp_path: Path, kind: str) ->
     made = make(tmp_path, kind, tied=True, quantization=NF4)
     report = merge(made.model, made.source, tmp_path / "merged", ROWS, MergeOptions(dtype="fp32"))
     assert report.parity.max_logit_difference < 1e-4
+
+
+def test_adaloras_scale_does_not_train_on_a_bf16_base(tmp_path: Path) -> None:
+    """PEFT makes the rank it divides by trainable when it raises it from bf16 to fp32, and writes it into no file."""
+    base = write_llama(tmp_path / "base", tied=True, dtype=torch.bfloat16)
+    tuning: Any = TypeAdapter(Tuning).validate_python(METHODS["adalora"])
+    for quantization in (NONE, NF4):
+        model = attach(load_base(base, quantization, torch.bfloat16), tuning)
+        assert {name.split(".")[-2] for name in trainable(model)} == {"lora_A", "lora_B", "lora_E"}
 
 
 def test_adalora_with_pruned_ranks_cut_off_is_merged_as_peft_loads_it(tmp_path: Path) -> None:
