@@ -33,6 +33,7 @@ from finetune.data.general import general_text
 from finetune.data.render import Example
 from finetune.model.adapters import attach
 from finetune.model.builtin import BUILTIN, resolve_model
+from finetune.model.computed_start import return_freed_memory
 from finetune.model.load import load_base, load_tokenizer
 from finetune.model.loftq import Quantizer, apply_loftq
 from finetune.scoring import Scorer
@@ -74,7 +75,8 @@ def _resident() -> dict[str, float]:
 
 @contextmanager
 def measured() -> Iterator[Memory]:
-    """Watch the memory of the block."""
+    """Watch the memory of the block; what was freed before it begins goes back to the system first."""
+    return_freed_memory()
     memory, done = Memory(_resident()), threading.Event()
 
     def watch() -> None:
@@ -208,18 +210,25 @@ def main() -> None:
             f"peak {found['peak_mib']:.0f} MiB ({found['peak_with_mapped_files_mib']:.0f} with mapped files)",
             flush=True,
         )
-    results["layers"] = []
+    results["layers"] = layers()
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def layers() -> list[dict[str, Any]]:
+    """Memory by number of layers, for a base that stays and for one that is replaced."""
+    results = []
     for iterations in (1, 2):
         for count in LAYERS:
             found = in_process(f"layers {count} {iterations}")
-            results["layers"].append(found)
+            results.append(found)
             print(
-                f"{count:2} layers, iterations={iterations}: peak {found['peak_mib']:.1f} MiB above the model, "
-                f"{found['kept_mib']:.1f} MiB afterwards; factors on disk {found['factors_mib']:.1f} MiB",
+                f"{count:2} layers, iterations={iterations}: peak {found['peak_mib']:.1f} MiB above the model "
+                f"({found['peak_with_mapped_files_mib']:.1f} with mapped files), {found['kept_mib']:.1f} MiB afterwards; "
+                f"factors on disk {found['factors_mib']:.1f} MiB",
                 flush=True,
             )
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
 if __name__ == "__main__":

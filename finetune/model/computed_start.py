@@ -6,6 +6,7 @@ from there into the adapter. A second run of the same start reads the file; of s
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import shutil
@@ -137,6 +138,7 @@ def _compute_all(directory: Path, layers: Mapping[str, Any], method: Method, pro
             found = method.compute(weight, shape.rank, shape.scale)
             writer.write(name, found.correction)
             errors.setdefault(name.rpartition(".")[2], []).append((found.before, found.after))
+            return_freed_memory()
             if progress:
                 progress(done, len(layers))
     write_json(directory / _ERRORS, {"layers": {kind: _mean(found) for kind, found in errors.items()}})
@@ -165,6 +167,15 @@ def install(layers: Mapping[str, Any], method: Method, directory: Path) -> None:
             if ADAPTER in magnitudes:
                 # DoRA's magnitude starts as the norm of the weight it multiplies, so that the start is base + sBA and not a rescaled one
                 magnitudes[ADAPTER].weight.copy_(correction.start.added_to(base_values(layer)).norm(dim=1))
+            return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Give the system back what the last layer's matrices took: small tensors that stay among them would make glibc's heap grow with the
+    number of layers (measured: by 13 MiB for each layer whose weights have 25 MiB). Does nothing with other allocators."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def base_values(layer: Any) -> Tensor:
