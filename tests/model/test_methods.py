@@ -31,9 +31,10 @@ from tests.model.method_cases import (
 )
 
 
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", METHODS)
-def test_the_number_of_trained_parameters_is_the_formula(llama: Llama, name: str) -> None:
-    parameters = trainable(attached(llama, name))
+def test_the_number_of_trained_parameters_is_the_formula(llama: Llama, name: str, base_dtype: torch.dtype) -> None:
+    parameters = trainable(attached(llama, name, dtype=base_dtype))
     assert sum(parameter.numel() for parameter in parameters.values()) == METHODS[name][1]
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
 
