@@ -20,13 +20,13 @@ class DefaultInit(Section):
 
 
 class GaussianInit(Section):
-    """A drawn from a normal distribution of variance 1/r, B zero."""
+    """A drawn from a normal distribution of standard deviation 1/r, B zero."""
 
     method: Literal["gaussian"]
 
 
 class OrthogonalInit(Section):
-    """A drawn with orthogonal rows, B zero-free but A and B orthogonal, so that BA starts at zero."""
+    """A and B drawn, both other than zero, from orthogonal halves of the r inner directions, so that BA starts at zero."""
 
     method: Literal["orthogonal"]
 
@@ -133,7 +133,7 @@ class Lora(Section):
     `{spectrum: 0.5}`."""
     embeddings: Literal["frozen", "lora", "full", "new-tokens"] = "frozen"
     """Whether the input embeddings train. `lora` for a domain with its own vocabulary; `full` stores a whole copy of them; `new-tokens`
-    trains the rows of `model.new_tokens` alone. A tied output head follows."""
+    trains the rows of `model.new_tokens` alone. A tied output head follows `full` and `new-tokens`; with `lora` it stays the base's."""
 
 
 class TiedLora(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from finetune.cache import cache_directory, cached
@@ -56,8 +57,15 @@ def fingerprint(directory: Path) -> str:
 
     About a second a gigabyte. Two directories with one fingerprint hold the same weights; a flipped bit changes it.
     """
+    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    return _fingerprint(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@lru_cache(maxsize=8)
+def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of (path, bytes, time of change): a run asks several times, and 70B of weights take minutes."""
     digest = hashlib.sha256()
-    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+    for path, _size, _changed in files:
         digest.update(f"{path.name}\0{sha256_of(path)}\n".encode())
     return digest.hexdigest()
 

@@ -58,6 +58,16 @@ Tuned from `{config.model.id}` with `finetune`: {config.tuning.method} on a base
 
 Validation loss of these weights: {measured}.
 
-Trained on:
+{_tokens(config)}Trained on:
 {sources}
 """
+
+
+def _tokens(config: Config) -> str:
+    """How to load an adapter with new tokens without this program."""
+    if not config.model.new_tokens or isinstance(config.tuning, Full):
+        return ""
+    return (
+        f"Adds the tokens {', '.join(f'`{token}`' for token in config.model.new_tokens)}. Before PEFT loads the adapter, resize its\n"
+        "base's embedding to the length of this tokenizer where it is shorter.\n\n"
+    )
