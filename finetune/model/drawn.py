@@ -41,7 +41,7 @@ def apply_eva(model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
 
     The directions are the right singular vectors of all inputs stacked, found batch by batch: the singular values and vectors kept so
     far are stacked on the next batch's inputs and decomposed again, so that memory does not grow with the data. Ranks stay as they are
-    configured (the paper's rho = 1). LoRA on embeddings keeps its default start.
+    configured (the paper's rho = 1). LoRA on embeddings, and on experts that none of the tokens reached, keeps its default start.
 
     Args:
         model: a PEFT model; it is put into eval mode while it runs, with its fresh adapter, which changes nothing.
@@ -60,7 +60,8 @@ def apply_eva(model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
             backbone(core)(input_ids=ids, attention_mask=attention, use_cache=False)
             directions.forget_inputs()
     model.train(training)
-    for name, layer in layers.items():
+    for name in directions.seen:
+        layer = layers[name]
         a = layer.lora_A[ADAPTER].weight
         a.copy_(_completed(directions.of(name)[: a.shape[0]], a.shape[0]))
         layer.lora_B[ADAPTER].weight.zero_()
@@ -82,10 +83,17 @@ class _Directions:
         def look(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
             if self._last is None or args[0] is not self._last[0]:
                 self._last = (args[0], name)
-                self._add(name, args[0][self.attention].float())
+                # experts are given the tokens that were sent to them, in one row
+                rows = args[0][self.attention] if args[0].ndim == self.attention.ndim + 1 else args[0]
+                self._add(name, rows.float())
             self._leaders[name] = self._last[1]
 
         return look
+
+    @property
+    def seen(self) -> list[str]:
+        """Layers that were given anything."""
+        return list(self._leaders)
 
     def _add(self, leader: str, inputs: Tensor) -> None:
         """Stack ``inputs`` (n, d_in) under what is known, and keep the main directions of both."""
