@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from finetune.data.near import SignatureFile
 from finetune.data.records import Row
 from finetune.data.rows import PROBLEMS, Chunk, Index, Tally, Worked, Worker
 from finetune.data.sources import read_rows
-from finetune.data.workers import in_order
+from finetune.data.workers import collector_at_rest, in_order
 from finetune.errors import DataError, Problem
 
 Progress = Callable[[str, int, int], None]
@@ -60,8 +61,9 @@ def read_all(path: Path, worker: Worker, near: SignatureFile | None, progress: P
     """
     gathered = _Gathered(worker.data)
     processes = None if worker.data.processes == "auto" else worker.data.processes
-    with pa.ipc.new_file(str(path), SCHEMA) as file:
+    with pa.ipc.new_file(str(path), SCHEMA) as file, collector_at_rest():
         for worked in in_order(worker, _chunks(worker.data, progress), processes):
+            gc.collect(1)
             gathered.add(worked)
             if gathered.problems:
                 continue  # nothing will be kept: read on only to find the other bad rows
@@ -116,8 +118,13 @@ def _grouped(rows: Iterator[Row | DataError]) -> Iterator[list[Row | DataError]]
 
 def _characters(value: object) -> int:
     """Of all texts in ``value``."""
-    if isinstance(value, str):
+    if type(value) is str:
         return len(value)
-    if isinstance(value, dict):
-        return sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, list) else 0
+    if type(value) is dict:
+        value = value.values()
+    elif type(value) is not list:
+        return 0
+    total = 0
+    for item in value:
+        total += len(item) if type(item) is str else _characters(item)
+    return total

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Self
@@ -21,6 +19,7 @@ from finetune.data.near import Signatures, signatures
 from finetune.data.overlong import Piece, shorten
 from finetune.data.records import Record, Row, Text
 from finetune.data.render import Example, Renderer
+from finetune.data.workers import collector_at_rest
 from finetune.errors import DataError, Problem
 
 PROBLEMS = 20
@@ -97,18 +96,6 @@ class Worked:
     bad_rows: int
 
 
-@contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """Nothing here leaves cycles behind, but its many small objects make Python search the whole heap for some: a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 @dataclass(frozen=True, slots=True)
 class Worker:
     """Turns chunks into columns; picklable, so that every process has one."""
@@ -119,7 +106,7 @@ class Worker:
 
     def __call__(self, chunk: Chunk) -> Worked:
         """Parse, render, shorten and check every row; rows that cannot be used become problems."""
-        with _collector_at_rest():
+        with collector_at_rest():
             return self._work(chunk)
 
     def _work(self, chunk: Chunk) -> Worked:
