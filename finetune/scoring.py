@@ -12,7 +12,9 @@ import torch
 from finetune.data.batches import collate, cut
 from finetune.data.examples import Examples
 from finetune.data.render import Example
-from finetune.model.head import target_losses
+from finetune.model.head import causal_model, target_losses
+from finetune.model.packing import is_packed
+from finetune.model.virtual import virtual_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,12 @@ class Scorer:
     precision: str
     """``bf16`` runs matrix products in bf16 under autocast; ``fp32`` does not."""
     max_tokens: int = 2048
-    """Padded tokens of a micro-batch: memory and speed, never the result."""
+    """Tokens of a micro-batch, padding included: memory and speed, never the result."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether micro-batches are run without padding."""
+        return is_packed(causal_model(self.model)) and not virtual_tokens(self.model)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context that forward passes run in."""
@@ -38,7 +45,7 @@ class Scorer:
         """
         self.model.eval()
         lengths = examples.lengths.tolist() if isinstance(examples, Examples) else [len(example.ids) for example in examples]
-        for piece in cut(lengths, self.max_tokens):
+        for piece in cut(lengths, self.max_tokens, packed=self.packed):
             chosen = [examples[index] for index in piece]
             batch = collate(chosen).to(self.device)
             with self.autocast():

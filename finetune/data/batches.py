@@ -37,17 +37,22 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> Batch:
     return Batch(ids, attention, supervised)
 
 
-def cut(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of ``lengths`` cut into micro-batches of at most ``max_tokens`` padded tokens each, longest first.
+def cut(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
+    """Indices of ``lengths`` cut into micro-batches of at most ``max_tokens`` tokens each, longest first.
 
-    Neighbours in length share a micro-batch, so little is padded. An example longer than the budget stands alone.
+    Padding counts, unless they are ``packed``. Neighbours in length share a micro-batch, so little is padded. An example longer than the
+    budget stands alone.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     pieces: list[list[int]] = []
+    tokens = 0
     for index in order:
         # The first of a piece is its longest, so it sets the padded width of all.
-        if pieces and lengths[pieces[-1][0]] * (len(pieces[-1]) + 1) <= max_tokens:
+        wanted = tokens + lengths[index] if packed else (lengths[pieces[-1][0]] * (len(pieces[-1]) + 1) if pieces else 0)
+        if pieces and wanted <= max_tokens:
             pieces[-1].append(index)
+            tokens += lengths[index]
         else:
             pieces.append([index])
+            tokens = lengths[index]
     return pieces

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from finetune.model.virtual import forward_inputs
+from finetune.model.packing import is_packed, packed_inputs
+from finetune.model.virtual import forward_inputs, virtual_tokens
 
 CHUNK = 512
 """Positions whose logits exist at a time."""
@@ -124,12 +125,17 @@ def target_losses(model: Any, ids: torch.Tensor, attention: torch.Tensor, superv
     core = causal_model(model)
     wanted = supervised[:, 1:]
     targets = ids[:, 1:][wanted]
-    inputs, before = forward_inputs(model, ids, attention)
+    if is_packed(core) and not virtual_tokens(model):
+        inputs = packed_inputs(ids, attention)
+        chosen = functional.pad(wanted, (0, 1))[attention.bool()][None]
+    else:
+        inputs, before = forward_inputs(model, ids, attention)
+        chosen = functional.pad(wanted, (before, 1))
     if not has_plain_head(core):
-        logits = core(**inputs, use_cache=False).logits[:, before:-1][wanted]
+        logits = core(**inputs, use_cache=False).logits[chosen]
         return functional.cross_entropy(logits.float(), targets, reduction="none")
     hidden = backbone(core)(**inputs, use_cache=False).last_hidden_state
-    return hidden_losses(hidden[:, before:-1][wanted], core.get_output_embeddings(), targets)
+    return hidden_losses(hidden[chosen], core.get_output_embeddings(), targets)
 
 
 def hidden_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:

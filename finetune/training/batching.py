@@ -28,9 +28,12 @@ def _order(rows: int, seed: int, epoch: int) -> Rows:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(rows)
 
 
-def micro_batches(indices: Sequence[int], lengths: Sequence[int] | Ints, max_tokens: int) -> list[list[int]]:
-    """``indices`` cut by length into micro-batches of at most ``max_tokens`` padded tokens; ``lengths`` are of all examples."""
-    return [[indices[position] for position in piece] for piece in cut([int(lengths[index]) for index in indices], max_tokens)]
+def micro_batches(
+    indices: Sequence[int], lengths: Sequence[int] | Ints, max_tokens: int, *, packed: bool = False
+) -> list[list[int]]:
+    """``indices`` cut by length into micro-batches of at most ``max_tokens`` tokens, as `cut` counts them; ``lengths`` are of all examples."""
+    chosen = [int(lengths[index]) for index in indices]
+    return [[indices[position] for position in piece] for piece in cut(chosen, max_tokens, packed=packed)]
 
 
 def share(pieces: Sequence[list[int]], rank: int, world: int) -> list[tuple[int, list[int]]]:

@@ -101,7 +101,7 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
     session.scorer.model.train()
     adaptive = isinstance(config.tuning, AdaLora)
     loss = torch.zeros((), device=session.scorer.device)
-    pieces = micro_batches(indices, train.lengths, session.scorer.max_tokens)
+    pieces = micro_batches(indices, train.lengths, session.scorer.max_tokens, packed=session.scorer.packed)
     for number, piece in share(pieces, accelerator.process_index, accelerator.num_processes):
         loss += _backward(session, piece, dropout_seed(config.seed, step, number), supervised)
     if check_gradients:

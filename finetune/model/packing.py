@@ -1,0 +1,79 @@
+"""Examples laid end to end in one row: no padding is computed, and the result is that of each example alone.
+
+Whether a model can be run so is measured, not read off its name: a model that does not hand the borders down to its attention, or asks
+for something that the packed attention does not do, gives other hidden states in the probe and stays padded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakSet
+
+import torch
+
+from finetune.model.attention import NAME, register
+
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""Relative difference of hidden states that rounding explains; mixed-up examples differ by about 1."""
+
+_packed: WeakSet[torch.nn.Module] = WeakSet()
+
+
+def enable_packing(core: Any) -> bool:
+    """Run ``core``, a causal language model, packed from now on where that is exact; returns whether it is."""
+    if core.device.type != "cpu" or not core.base_model_prefix or getattr(core.config, "attention_dropout", 0):
+        return False
+    before = core.config._attn_implementation
+    register()
+    try:
+        core.set_attn_implementation(NAME)
+        exact = _is_exact(core)
+    except (NotImplementedError, TypeError, ValueError, RuntimeError):  # the model cannot be called so
+        exact = False
+    if exact:
+        _packed.add(core)
+    else:
+        core.set_attn_implementation(before)
+    return exact
+
+
+def is_packed(core: Any) -> bool:
+    """Whether `enable_packing` found ``core`` fit."""
+    return core in _packed
+
+
+def packed_inputs(ids: torch.Tensor, attention: torch.Tensor) -> dict[str, Any]:
+    """Arguments for a backbone that stand for ``ids`` (b, t) without its padding: one row of sum(attention) tokens.
+
+    ``attention`` (b, t) int64 is 1 where a token stands; padding is on the right.
+    """
+    lengths = attention.sum(dim=1)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    real = attention.bool()
+    bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+    return {
+        "input_ids": ids[real][None],
+        "position_ids": positions[real][None],
+        "cu_seq_lens_q": bounds,
+        # four dimensions: transformers takes it for a finished mask and makes none; packed attention does not read it
+        "attention_mask": torch.zeros((1, 1, 1, 1), device=ids.device),
+    }
+
+
+@torch.no_grad()
+def _is_exact(core: Any) -> bool:
+    body = getattr(core, core.base_model_prefix)
+    vocabulary = core.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(24, device=core.device) * 7 % vocabulary).view(3, 8)
+    attention = torch.ones_like(ids)
+    attention[1, 5:] = 0
+    attention[2, 2:] = 0
+    dtype = core.get_input_embeddings().weight.dtype
+    training = core.training
+    core.eval()
+    try:
+        padded = body(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state[attention.bool()]
+        packed = body(**packed_inputs(ids, attention), use_cache=False).last_hidden_state[0]
+    finally:
+        core.train(training)
+    return packed.shape == padded.shape and bool((packed - padded).float().norm() <= _TOLERANCE[dtype] * padded.float().norm())
