@@ -264,6 +264,9 @@ class Train(Section):
     """Type of trainable weights and of the optimizer's states. bf16 halves them, and loses updates under half a step of the bf16 grid."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: a third slower, far less memory. `auto`: on for GPUs, off on CPU."""
+    kernels: Literal["auto", "plain"] = "auto"
+    """`auto`: examples laid end to end without padding, and LoRA's arithmetic in one function, wherever a probe of the model finds them
+    exact. `plain`: padded batches and the libraries' own arithmetic."""
     max_grad_norm: Positive | None = 1.0
     """Clip the gradient's global norm; null: never."""
     evaluate: EveryEpoch = EveryEpoch()

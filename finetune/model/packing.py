@@ -21,7 +21,7 @@ _packed: WeakSet[torch.nn.Module] = WeakSet()
 
 def enable_packing(core: Any) -> bool:
     """Run ``core``, a causal language model, packed from now on where that is exact; returns whether it is."""
-    if core.device.type != "cpu" or not core.base_model_prefix or getattr(core.config, "attention_dropout", 0):
+    if core.device.type != "cpu" or not core.base_model_prefix:
         return False
     before = core.config._attn_implementation
     register()
@@ -74,6 +74,9 @@ def _is_exact(core: Any) -> bool:
     try:
         padded = body(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state[attention.bool()]
         packed = body(**packed_inputs(ids, attention), use_cache=False).last_hidden_state[0]
+        with torch.random.fork_rng([]):  # dropout of attention, which training alone asks for, is refused by an error
+            core.train()
+            body(**packed_inputs(ids, attention), use_cache=False)
     finally:
         core.train(training)
     return packed.shape == padded.shape and bool((packed - padded).float().norm() <= _TOLERANCE[dtype] * padded.float().norm())

@@ -20,6 +20,7 @@ from finetune.model.load import DTYPES, load_base, storage_dtype
 from finetune.model.loftq import Quantizer, apply_loftq, restore_base
 from finetune.model.methods import Given
 from finetune.model.pissa import apply_moved, restore_moved
+from finetune.model.fast import accelerate
 from finetune.model.spectrum import ratios_for
 from finetune.model.tokens import enlarge
 from finetune.planning.resolve import Resolved
@@ -77,6 +78,8 @@ def build_model(config: Config, materials: Materials, device: torch.device, resu
     name_base(model, public_name(config.model.id))
     if resolved.gradient_checkpointing.value:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.train.kernels == "auto":
+        accelerate(model)
     if not isinstance(config.tuning, Lora):
         return Built(model, None, "default")
     method = config.tuning.init.method
