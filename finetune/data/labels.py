@@ -68,8 +68,8 @@ class Labels:
         marks = [found.span() for found in self._pattern.finditer(draft.text)] if self._pattern else []
         if len(places) != len(marks) or draft.ignored or _overlap(marks, draft.words):
             return None
-        begins = {start: place for (start, _), place in zip(marks, places, strict=True)}
         ends = {end: place for (_, end), place in zip(marks, places, strict=True)}
+        begins = {start: place for (start, _), place in zip(marks, places, strict=True)} if draft.prompt else ends
         asked, spans = self._asked_ids(draft.prompt), []
         for answer in draft.learned:
             before = begins.get(answer.start - len(draft.prompt)) if asked else ends.get(answer.start)

@@ -9,6 +9,7 @@ rows alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 from zlib import crc32
@@ -36,7 +37,8 @@ def signatures(records: Sequence[Record]) -> Signatures:
     words = [list(map(crc32, _text(record).lower().encode("utf-8", "surrogatepass").split())) for record in records]
     hashes, offsets = _shingles(words)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, PERMUTATIONS, _SEED)
-    return np.asarray(matrix.to_rows(), dtype=np.uint32).reshape(len(records), PERMUTATIONS)
+    numbers = np.fromiter(chain.from_iterable(matrix.to_rows()), np.uint32, len(records) * PERMUTATIONS)
+    return numbers.reshape(len(records), PERMUTATIONS)
 
 
 def _text(record: Record) -> str:
@@ -49,7 +51,7 @@ def _shingles(rows: Sequence[Sequence[int]]) -> tuple[Words, Words]:
     """Hashes of all runs of `SHINGLE` words end to end, and where each row's begin; a shorter row is padded to one run."""
     padded = [row if len(row) >= SHINGLE else [*row, *[0] * (SHINGLE - len(row))] for row in rows]
     lengths = np.fromiter(map(len, padded), np.int64, len(padded))
-    words = np.fromiter((word for row in padded for word in row), np.uint64, int(lengths.sum()))
+    words = np.fromiter(chain.from_iterable(padded), np.uint64, int(lengths.sum()))
     count = max(0, len(words) - SHINGLE + 1)
     hashes = np.zeros(count, np.uint64)
     for shift in range(SHINGLE):  # wraps around at 2**64, which is what is wanted
