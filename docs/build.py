@@ -1,4 +1,4 @@
-"""Writes what is generated: docs/config.md, docs/cli.md, docs/methods.md and the JSON Schemas beside the shipped YAML files.
+"""Writes what is generated: docs/config.md, docs/cli.md, docs/methods.md, the README's table of methods and the JSON Schemas beside the shipped YAML files.
 
 python docs/build.py            write
 python docs/build.py --check    exit 1 if a file is stale
@@ -7,6 +7,7 @@ python docs/build.py --check    exit 1 if a file is stale
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from finetune.config.reference import config_reference  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "docs"))
 
-from methods_page import methods_page  # noqa: E402
+from methods_page import RECORD, methods_page, summary_table  # noqa: E402
 
 _CLI_INTRODUCTION = """\
 # Command line
@@ -34,6 +35,9 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done; 1 a bug; 2 
 5 training diverged; 6 verification failed; 130 or 143 interrupted, with a checkpoint saved.
 """
 
+_METHODS_BEGIN = "<!-- methods: written by docs/build.py -->\n"
+_METHODS_END = "<!-- end of methods -->\n"
+
 
 def generated() -> dict[Path, str]:
     """Every generated file with its text."""
@@ -41,9 +45,20 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "config.md": config_reference(),
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "methods.md": methods_page(),
+        ROOT / "README.md": readme(),
         ROOT / "configs" / "finetune.schema.json": to_text(config_schema()),
         ROOT / "recipes" / "preset.schema.json": to_text(preset_schema()),
     }
+
+
+def readme() -> str:
+    """The README with its table of methods as the matrix found it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, found, rest = text.partition(_METHODS_BEGIN)
+    _, end, after = rest.partition(_METHODS_END)
+    if not (found and end):
+        raise SystemExit(f"README.md lacks the lines {_METHODS_BEGIN.strip()} and {_METHODS_END.strip()}")
+    return before + _METHODS_BEGIN + summary_table(json.loads(RECORD.read_text(encoding="utf-8"))) + _METHODS_END + after
 
 
 def cli_reference() -> str:

@@ -51,6 +51,22 @@ def methods_page() -> str:
     return _INTRODUCTION + method_table(rows) + _LEGEND + "\n".join(_reasons(rows)) + "\n" + _FORMATS
 
 
+def summary_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The same in one line a method: whether everything up to measuring holds on each base, and whether it merges."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault(row["method"], {})[row["base"]] = row
+    lines = ["| method | plain base | NF4 base | merges |", "|---|---|---|---|"]
+    for method, bases in found.items():
+        cells = [_cells(bases[base]) for base in ("none", "nf4")]
+        lines.append(f"| `{method}` | {' | '.join(_verdict(each[:4]) for each in cells)} | {cells[0][4]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(cells: list[str]) -> str:
+    return "yes" if all(cell == "yes" for cell in cells) else next(cell for cell in cells if cell != "yes")
+
+
 def method_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """What holds, one line a method and kind of base, as a Markdown table."""
     lines = ["| method | base | trains | resumes | reloads | against its base | merges |", "|---|---|---|---|---|---|---|"]
