@@ -64,7 +64,7 @@ def analyze(
     else:
         _show_analysis(analysis, layers=layers)
     if plot:
-        view.note(f"drawn in {plot}")
+        view.path(f"drawn in {plot}")
 
 
 def _require_one_model(targets: Sequence[str], layers: bool) -> None:

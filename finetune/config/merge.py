@@ -30,5 +30,6 @@ def merge(base: Node, upper: Node, known: Shape | None) -> Node:
 def _changes_member(base: Node, upper: Node, known: Shape | None) -> bool:
     if not isinstance(known, Choice):
         return False
-    below, above = known.member(base.plain()), known.member(upper.plain())
+    # judged together: one key of a source, without the name that tells its kind, belongs to the kind that is there
+    below, above = known.member(base.plain()), known.member({**base.plain_keys(), **upper.plain_keys()})
     return below is not None and above is not None and below is not above
