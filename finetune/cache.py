@@ -26,10 +26,12 @@ def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     ``make`` raises passes through, and nothing is kept. HardwareError: the cache cannot be written, or another process never ends.
     """
     directory = cache_directory() / kind / key
+    if is_whole(directory):  # nothing is locked or written: a cache that others filled may be read-only
+        return directory
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.with_name(f"{key}.lock"), timeout=_LOCK_TIMEOUT_S):
-            if not is_whole(directory):
+            if not is_whole(directory):  # another may have made it in the meantime
                 with sealed_directory(directory) as temporary:
                     make(temporary)
     except Timeout as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,8 @@ def show(report: DataReport, fit: Fit, padding: float, bars: list[tuple[int, int
         _sides(report),
         Text.assemble(("tokens of a training example\n", "bold"), "\n".join(_histogram(bars, width))),
         _section("changed or left out", list(_changes(report)) or ["  nothing"]),
-        _section("to look at", list(_findings(report, width)) or ["  nothing was found"]),
-        _section(f"max_tokens {report.max_tokens:,}", list(_fit(fit, padding))),
+        _section("to look at", list(_findings(report, width)) or ["  no duplicates, damaged text, tiny answers or leaks into validation"]),
+        _section(f"max_tokens {report.max_tokens:,}", list(_fit(fit, padding, report, width))),
     ):
         view.out.print(part, soft_wrap=isinstance(part, Text), width=None if isinstance(part, Text) else width)
         view.out.print()
@@ -107,6 +108,10 @@ def _changes(report: DataReport) -> Iterator[str]:
 
 
 def _findings(report: DataReport, width: int) -> Iterator[str]:
+    for source in report.sources:
+        if source.unused:
+            told = ", ".join(f"{visible(name)} ({count:,} rows)" for name, count in source.unused.items())
+            yield "  " + view.wrapped(f"columns not used in {_name(source)}: {told}", _ADVICE_INDENT, width)
     for finding in report.findings:
         yield f"  {finding.count:,} {finding.name}"
         for place in finding.places:
@@ -115,14 +120,35 @@ def _findings(report: DataReport, width: int) -> Iterator[str]:
             yield " " * _ADVICE_INDENT + view.wrapped(finding.advice, _ADVICE_INDENT, width)
 
 
-def _fit(fit: Fit, padding: float) -> Iterator[str]:
+def _fit(fit: Fit, padding: float, report: DataReport, width: int) -> Iterator[str]:
     yield "  training examples above " + ", ".join(f"{part}: {share:.1%}" for part, share in fit.above.items() if part != "100%")
     yield f"  training examples that fill it: {fit.above['100%']:.1%}; rows that did not fit: {fit.over_long:.1%}"
-    advice = "" if fit.fits else f": `max_tokens: {fit.suggested}` would hold every conversation"
-    yield f"  the longest has {fit.longest:,} tokens{advice}"
+    yield "  " + view.wrapped(_longest(fit, report), _ADVICE_INDENT, width)
     yield f"  padding: {padding:.1%} of the positions that training computes"
+
+
+def _longest(fit: Fit, report: DataReport) -> str:
+    """The longest conversation and what would hold it; plain text has no length to hold, since it is cut into blocks."""
+    blocks = "plain text is cut into blocks of max_tokens anyway"
+    if not any(source.longest_row for source in report.sources):
+        return f"the longest block has {fit.longest:,} tokens; {blocks}"
+    advice = "" if fit.fits else f": `max_tokens: {fit.suggested}` would hold every conversation"
+    text = f"; {blocks}, the longest block has {report.train.longest:,}" if report.train.longest > fit.longest else ""
+    return f"the longest conversation has {fit.longest:,} tokens{advice}{text}"
 
 
 def as_json(report: DataReport, fit: Fit, padding: float, fingerprint: str) -> dict[str, Any]:
     """The same for programs."""
-    return {"fingerprint": fingerprint, "counts": report.counts, "fit": fit.as_dict() | {"padding": padding}, **report.as_dict()}
+    fitted, reported = fit.as_dict(), report.as_dict()
+    return {
+        "fingerprint": fingerprint,
+        "counts": _snake_case(report.counts),
+        "fit": fitted | {"above": _snake_case(fitted["above"]), "padding": padding},
+        **reported,
+        "dropped": _snake_case(reported["dropped"]),
+    }
+
+
+def _snake_case(named: dict[str, Any]) -> dict[str, Any]:
+    """``named`` with keys such as `dropped_near_duplicate` for `dropped: near duplicate`, and `50_percent` for `50%`."""
+    return {re.sub(r"\W+", "_", name.replace("%", " percent")).strip("_"): value for name, value in named.items()}

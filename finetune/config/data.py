@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from finetune.config.section import Count, Positive, Section
+from finetune.config.section import Count, Section
 
 Format = Literal["auto", "chat", "sharegpt", "prompt-completion", "question-answer", "alpaca", "text"]
+Weight = Annotated[float, Field(gt=0.0, le=1000.0)]
 
 
 class FileSource(Section):
@@ -21,7 +22,7 @@ class FileSource(Section):
     """How a row becomes a conversation. `auto` recognizes it by its columns."""
     columns: dict[str, Annotated[str, Field(min_length=1)]] = {}
     """The file's names for the format's columns, such as `{question: Frage, answer: Antwort}`."""
-    weight: Positive = 1.0
+    weight: Weight = 1.0
     """How often the source is seen in an epoch: 2 is twice, 0.5 a seeded half. No source runs out: an epoch is the sum of all."""
 
 
@@ -40,7 +41,7 @@ class HubSource(Section):
     """How a row becomes a conversation. `auto` recognizes it by its columns."""
     columns: dict[str, Annotated[str, Field(min_length=1)]] = {}
     """The dataset's names for the format's columns."""
-    weight: Positive = 1.0
+    weight: Weight = 1.0
     """How often the source is seen in an epoch."""
 
 
@@ -58,7 +59,7 @@ class Icd10cm(Section):
     """First letters of the codes to draw from. Empty: A to N without C."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Which facts are drawn, and to which arm each goes."""
-    weight: Positive = 1.0
+    weight: Weight = 1.0
     """How often the source is seen in an epoch."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 
 from finetune.config.finding import Finding
@@ -79,7 +80,7 @@ def twice(config: Config) -> Iterator[Finding]:
 def _identity(source: Source) -> str:
     """Equal for sources that hold the same rows, however they are read."""
     if isinstance(source, FileSource):
-        return source.source
+        return source.source if "\0" in source.source else os.path.realpath(source.source)
     return source.model_dump_json(exclude={"weight", "format", "columns"})
 
 

@@ -47,7 +47,8 @@ class _Rows:
     """All rows, and how to name them."""
 
     index: Index
-    first: Rows  # (n,) the first row with the same content
+    equal: Rows  # (n,) the first of all rows with the same ids and mask
+    tokens: Rows  # (n,) the first of all rows with the same ids
     where: Callable[[int], str]
 
     def places(self, pairs: list[tuple[int, int]]) -> tuple[str, ...]:
@@ -56,14 +57,19 @@ class _Rows:
 
 def arrange(data: Data, index: Index, near: SignatureFile | None, seed: int, where: Callable[[int], str]) -> Arranged:
     """Both sides of ``index``; DataError where a side is empty or shares a row with the other."""
-    rows = _Rows(index, _first_equal(index.content), where)
+    equal = _first_equal(index.content)
+    rows = _Rows(index, equal, equal if data.validation is None else _first_equal(index.tokens), where)
     _require_rows(data, index)
     arranged = _split(data, rows)
     _handle_duplicates(data, rows, arranged)
     if near is not None:
         _handle_near(data, rows, arranged, near)
     by_source = [arranged.train[index.source[arranged.train] == number] for number in range(len(data.train))]
-    arranged.train = np.concatenate([_weighted(number, data.train[number], mine, seed) for number, mine in enumerate(by_source)])
+    weighted = [_weighted(number, data.train[number], mine, seed) for number, mine in enumerate(by_source)]
+    left_out = sum(len(mine) - len(drawn) for mine, drawn in zip(by_source, weighted, strict=True) if len(drawn) < len(mine))
+    if left_out:
+        arranged.dropped["drawn by no weight"] = left_out
+    arranged.train = np.concatenate(weighted)
     _require(data, arranged)
     return arranged
 
@@ -78,6 +84,12 @@ def _first_equal(content: Words) -> Rows:
     return first
 
 
+def _first_within(side: Rows, groups: Rows) -> Rows:
+    """(len(side),) for each row of ``side``, which ascends, the first of the same group that is on this side as well."""
+    _, first, group = np.unique(groups[side], return_index=True, return_inverse=True)
+    return side[first][group]
+
+
 def _split(data: Data, rows: _Rows) -> Arranged:
     everything = np.arange(len(rows.index), dtype=np.int64)
     trains = rows.index.source < len(data.train)
@@ -89,19 +101,19 @@ def _split(data: Data, rows: _Rows) -> Arranged:
     drawn = rows.index.draw < threshold
     train, validation = everything[~drawn], everything[drawn]
     # every content once; a piece of a cut row may equal one on the training side, though their rows differ
-    once = (rows.first[validation] == validation) & ~np.isin(rows.first[validation], rows.first[train])
+    once = (_first_within(validation, rows.equal) == validation) & ~np.isin(rows.tokens[validation], rows.tokens[train])
     dropped = {"validation copy": int((~once).sum())} if not once.all() else {}
     return Arranged(train, validation[once], dropped=dropped)
 
 
 def _refuse_overlap(rows: _Rows, arranged: Arranged) -> None:
-    known, position = np.unique(rows.first[arranged.train], return_index=True)
-    shared = np.flatnonzero(np.isin(rows.first[arranged.validation], known))
+    known, position = np.unique(rows.tokens[arranged.train], return_index=True)
+    shared = np.flatnonzero(np.isin(rows.tokens[arranged.validation], known))
     if not len(shared):
         return
     problems = []
     for number in arranged.validation[shared[:PROBLEMS]]:
-        twin = arranged.train[position[np.searchsorted(known, rows.first[number])]]
+        twin = arranged.train[position[np.searchsorted(known, rows.tokens[number])]]
         problems.append(
             Problem(
                 "a validation row is also a training row, so validation would measure memory",
@@ -119,10 +131,12 @@ def with_rest(problems: list[Problem], count: int, what: str) -> list[Problem]:
 
 
 def _handle_duplicates(data: Data, rows: _Rows, arranged: Arranged) -> None:
-    copies = arranged.train[rows.first[arranged.train] != arranged.train]
-    if not len(copies):
+    first = _first_within(arranged.train, rows.equal)
+    again = np.flatnonzero(first != arranged.train)
+    if not len(again):
         return
-    pairs = [(int(copy), int(rows.first[copy])) for copy in copies[:PROBLEMS]]
+    copies = arranged.train[again]
+    pairs = [(int(arranged.train[number]), int(first[number])) for number in again[:PROBLEMS]]
     if data.duplicates == "error":
         problems = [Problem("two training rows are equal token by token", place, "remove one") for place in rows.places(pairs)]
         raise DataError.from_problems(with_rest(problems, len(copies), "equal rows"))
@@ -139,10 +153,11 @@ def _handle_near(data: Data, rows: _Rows, arranged: Arranged, near: SignatureFil
     """Among rows that are not equal: equal ones are counted apart."""
 
     def same(left: Rows, right: Rows) -> npt.NDArray[np.bool_]:
-        equal: npt.NDArray[np.bool_] = (rows.index.row[left] == rows.index.row[right]) | (rows.first[left] == rows.first[right])
+        equal: npt.NDArray[np.bool_] = (rows.index.row[left] == rows.index.row[right]) | (rows.equal[left] == rows.equal[right])
         return equal
 
-    distinct = arranged.train[rows.first[arranged.train] == arranged.train]
+    first = _first_within(arranged.train, rows.equal)
+    distinct = arranged.train[first == arranged.train]
     close, leaked = near.partners(distinct, arranged.validation, same)
     if len(leaked):
         _, once = np.unique(leaked, return_index=True)
@@ -156,7 +171,8 @@ def _handle_near(data: Data, rows: _Rows, arranged: Arranged, near: SignatureFil
     pairs = [(int(row), int(earlier[np.flatnonzero(later == row)[0]])) for row in marked[:PLACES]]
     arranged.findings.append(Finding("near-duplicate rows", len(marked), rows.places(pairs), _NEAR_ADVICE))
     if data.near_duplicates == "drop":
-        arranged.drop("near duplicate", out[rows.first])  # with the copies of each
+        out[arranged.train] = out[first]  # with the copies of each
+        arranged.drop("near duplicate", out)
 
 
 def _weighted(number: int, source: Source, rows: Rows, seed: int) -> Rows:

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -56,14 +56,18 @@ def data_files(source: FileSource) -> list[Path]:
     """The files behind ``source`` in a fixed order; DataError where there are none, or one cannot be data.
 
     A directory is searched to its depth, through symbolic links as well; hidden files are left out, and a directory that
-    `datasets` saved gives the files its state names. A glob names files, never directories.
+    `datasets` saved gives the files its state names. A glob names files, never directories. A file that is met twice, by two links or
+    by a glob with two ``**``, is one file.
     """
     path = Path(source.source)
-    if path.is_dir():
-        found = sorted(_inside(path))
+    _refuse_unwritable_name(path)
+    mode = _mode(path)
+    if stat.S_ISDIR(mode):
+        found = _once(_inside(path))
         _refuse_mixture(path, found)
-    elif not path.exists() and glob.has_magic(source.source):
-        found = sorted(file for name in glob.iglob(source.source, recursive=True) if not (file := Path(name)).is_dir())  # noqa: PTH207 - passes over hidden files
+    elif not mode and glob.has_magic(source.source):
+        matching = map(Path, glob.iglob(source.source, recursive=True))  # noqa: PTH207 - passes over hidden files
+        found = _once(file for file in matching if not stat.S_ISDIR(_mode(file)))
     else:
         found = [path]
     if not found:
@@ -71,6 +75,36 @@ def data_files(source: FileSource) -> list[Path]:
     for file in found:
         _refuse_unusable(file)
     return found
+
+
+def _mode(path: Path) -> int:
+    """What ``path`` is, as `stat` tells it; 0 where nothing can be found under this name, for whatever reason."""
+    try:
+        return path.stat().st_mode
+    except OSError:
+        return 0
+
+
+def _once(files: Iterable[Path]) -> list[Path]:
+    """In order of their names; of several names for one file the first."""
+    return sorted({os.path.realpath(file): file for file in sorted(files, reverse=True)}.values())
+
+
+def _refuse_unwritable_name(path: Path) -> None:
+    """A row's place is text, and so is what is told about it."""
+    name = str(path)
+    if "\0" in name:
+        raise DataError("a NUL character in the name, which no file has", where=name.replace("\0", "\\0"), fix="remove it")
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(name).decode("utf-8", "backslashreplace") if _is_bytes(name) else ascii(name)
+        raise DataError("the file name is not UTF-8 text", where=shown, fix="rename it") from error
+
+
+def _is_bytes(name: str) -> bool:
+    """Whether the characters that are none stand for bytes, as in the names that Python reads from a directory."""
+    return all(not "\ud800" <= character <= "\udfff" or "\udc80" <= character <= "\udcff" for character in name)
 
 
 def _inside(directory: Path) -> Iterator[Path]:
@@ -116,6 +150,7 @@ def _refuse_mixture(directory: Path, found: list[Path]) -> None:
 
 
 def _refuse_unusable(file: Path) -> None:
+    _refuse_unwritable_name(file)
     try:
         mode = file.stat().st_mode
     except OSError as error:

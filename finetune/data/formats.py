@@ -12,6 +12,7 @@ from typing import Any
 
 from finetune.data.messages import chat_message, checked_text, sharegpt_message, tools_of
 from finetune.data.records import ROLES, Conversation, Message, Record, Row, Text
+from finetune.data.shown import shown
 from finetune.errors import DataError
 
 __all__ = ["ROLES", "Conversation", "Message", "Record", "Text", "parse"]
@@ -86,6 +87,23 @@ def _fitting(columns: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name, one in _FORMATS.items() if set(one.columns) <= set(columns))
 
 
+@lru_cache(maxsize=512)
+def _used(names: tuple[str, ...], format_name: str) -> frozenset[str]:
+    chosen = _fitting(names) if format_name == "auto" else (format_name,)
+    return frozenset(column for name in chosen for column in (*_FORMATS[name].columns, *_FORMATS[name].optional))
+
+
+def unused_columns(names: tuple[str, ...], format_name: str = "auto", columns: Mapping[str, str] = _NONE) -> list[str]:
+    """Those of a row's columns ``names`` that `parse` passes over; none where the row fits no format."""
+    theirs = set(columns.values())
+    kept = tuple(name for name in names if name not in theirs and name not in columns)
+    used = _used((*kept, *columns), format_name)
+    if not used:
+        return []
+    replaced = [name for name in names if name in columns and name not in theirs]
+    return [*(name for name in kept if name not in used), *replaced, *(name for ours, name in columns.items() if ours not in used)]
+
+
 def _similar(row: Row, name: str) -> dict[str, str]:
     """The format's columns that the row has, perhaps under a similar name."""
     lowered = {column.lower(): column for column in row.values}
@@ -117,16 +135,15 @@ def _lacking(row: Row, name: str, column: str) -> DataError:
 
 def _names(row: Row) -> str:
     named = ", ".join(map(repr, [*row.values][:12])) or "none"
-    return named.encode("utf-8", "backslashreplace").decode("utf-8") + (", …" if len(row.values) > 12 else "")
+    return shown(named) + (", …" if len(row.values) > 12 else "")
 
 
 def _excerpt(row: Row) -> str:
-    """The start of the row as a terminal can show it: half a surrogate pair, which JSON allows, has no encoding."""
+    """The start of the row as a terminal can show it."""
     try:
-        text = json.dumps(row.values, ensure_ascii=False, default=str)[:120]
+        return shown(json.dumps(row.values, ensure_ascii=False, default=str)[:120])
     except (RecursionError, ValueError, TypeError):  # nested almost as deeply as can be read, or a table's own types
         return ""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _string(row: Row, column: str, *, empty: bool = False) -> str:

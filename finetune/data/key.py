@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +49,41 @@ def prepared_key(data: Data, renderer: Renderer, seed: int) -> str:
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+Stamps = dict[Path, tuple[int, int, int]]  # size, mtime in ns, inode; all 0 for a file that was written a moment ago
+_MOMENT_NS = 2 * 10**9  # clocks of file systems tick slowly: a file that is younger may change once more and bear the same time
+
+
+def stamps(data: Data) -> Stamps:
+    """What tells, without reading them, that files are as they were; sources whose files cannot be told are left out."""
+    found: Stamps = {}
+    for source in sources(data):
+        with suppress(DataError, OSError):
+            found |= {path: _stamp(path) for path in data_files(source)} if isinstance(source, FileSource) else {}
+    return found
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return (0, 0, 0) if time.time_ns() - status.st_mtime_ns < _MOMENT_NS else (status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def refuse_changed(data: Data, renderer: Renderer, seed: int, key: str, before: Stamps) -> None:
+    """DataError unless the files are those that ``key`` was made of; they are hashed again only where stamps do not tell."""
+    now = stamps(data)
+    doubtful = [path for path in sorted(before.keys() | now.keys()) if before.get(path) != now.get(path) or not any(now[path])]
+    if doubtful and _key_or_none(data, renderer, seed) != key:
+        raise DataError(
+            "the data changed while it was read", where=", ".join(map(str, doubtful[:3])), fix="start again when nothing writes to it"
+        )
+
+
+def _key_or_none(data: Data, renderer: Renderer, seed: int) -> str | None:
+    try:
+        return prepared_key(data, renderer, seed)
+    except DataError:  # a file that is gone
+        return None
 
 
 def _content(source: Source) -> Any:

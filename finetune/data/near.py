@@ -3,11 +3,13 @@
 A. Broder, "On the resemblance and containment of documents", SEQUENCES 1997; banding after Leskovec, Rajaraman and Ullman, "Mining of
 Massive Datasets", chapter 3. 64 permutations in 16 bands of 4 bring nearly every pair of Jaccard similarity 0.8 together; a pair counts
 where 80 % of its permutations agree, which is the similarity give or take 0.05. System messages are left out: shared ones would make all
-rows alike.
+rows alike; a list of tools counts as one word for the same reason. In scripts that set no spaces, such as Chinese or Thai, every character
+is a word.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -29,12 +31,19 @@ BANDS = 16
 THRESHOLD = 0.8
 SHINGLE = 5
 _SEED = 42
+_LONG_WORD = 32  # bytes of a word on average: no language has such, but lists without spaces and encoded data do
+_SCRIPTS = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u312f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_UNSPACED = re.compile(f"[{_SCRIPTS}]")
+_PIECES = re.compile(f"[{_SCRIPTS}]|[^\\s{_SCRIPTS}]+")
+_FEW = 4
+_COMPARED = 2**14  # pairs at a time: 8 MiB
+_LOW = np.int64(2**32 - 1)
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 def signatures(records: Sequence[Record]) -> Signatures:
     """MinHash of each record; equal for records with the same sequences of words, whatever their case and spacing."""
-    words = [list(map(crc32, _text(record).lower().encode("utf-8", "surrogatepass").split())) for record in records]
+    words = [list(map(crc32, _words(_text(record).lower()))) for record in records]
     hashes, offsets = _shingles(words)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, PERMUTATIONS, _SEED)
     numbers = np.fromiter(chain.from_iterable(matrix.to_rows()), np.uint32, len(records) * PERMUTATIONS)
@@ -44,7 +53,22 @@ def signatures(records: Sequence[Record]) -> Signatures:
 def _text(record: Record) -> str:
     if isinstance(record, Text):
         return record.text
-    return " ".join([message.content for message in record.messages if message.role != "system"])
+    text = " ".join([message.content for message in record.messages if message.role != "system"])
+    calls = [str(call["function"]) for message in record.messages if message.tool_calls for call in message.tool_calls]
+    if record.tools:
+        calls.append(f"tools:{crc32(str(record.tools).encode('utf-8', 'surrogatepass'))}")
+    return " ".join([text, *calls]) if calls else text
+
+
+def _words(text: str) -> list[bytes]:
+    """Words of a text in small letters, in UTF-8; single characters where it has none."""
+    data = text.encode("utf-8", "surrogatepass")
+    if len(data) != len(text) and _UNSPACED.search(text):
+        return [word.encode("utf-8", "surrogatepass") for word in _PIECES.findall(text)]
+    words = data.split()
+    if len(data) > _LONG_WORD * len(words):
+        return [character.encode("utf-8", "surrogatepass") for character in text if not character.isspace()]
+    return words
 
 
 def _shingles(rows: Sequence[Sequence[int]]) -> tuple[Words, Words]:
@@ -90,38 +114,58 @@ class SignatureFile:
             file.close()
 
     def partners(self, left: Rows, right: Rows, same: Callable[[Rows, Rows], npt.NDArray[np.bool_]]) -> tuple[Rows, Rows]:
-        """Pairs (row of ``left``, row of ``right``) of nearly equal rows, by band the first of ``left``; both ascend.
+        """Pairs (row of ``left``, row of ``right``) of nearly equal rows, by band of the first few of ``left``; both ascend.
 
         Where both are the same rows, the first of a pair comes before the second. Pairs for which ``same`` is True are left out.
         """
-        pairs = np.empty((0, 2), np.int64)
+        pairs = np.empty(0, np.int64)  # both rows in one number
         for file in self._bands:
             file.flush()
             file.seek(0)
-            found = _meeting(np.fromfile(file, np.uint64), left, right)
-            found = found[(found[:, 0] < found[:, 1]) | ~np.isin(found[:, 1], left)]
-            found = found[~same(found[:, 0], found[:, 1])]
-            pairs = np.unique(np.concatenate([pairs, found]), axis=0)
-        pairs = pairs[self._similar(pairs)]
-        return pairs[:, 0], pairs[:, 1]
+            band = np.fromfile(file, np.uint64)
+            earlier, later = _meeting(band, left, right)
+            wanted = (earlier < later) | ~np.isin(later, left)
+            earlier, later = earlier[wanted], later[wanted]
+            wanted = ~same(earlier, later)
+            pairs = np.union1d(pairs, earlier[wanted] << 32 | later[wanted])
+        pairs = pairs[self._similar(pairs >> 32, pairs & _LOW)]
+        return pairs >> 32, pairs & _LOW
 
-    def _similar(self, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        return np.array([float(np.mean(self._read(int(a)) == self._read(int(b)))) >= THRESHOLD for a, b in pairs], dtype=bool)
+    def _similar(self, earlier: Rows, later: Rows) -> npt.NDArray[np.bool_]:
+        similar = np.zeros(len(earlier), dtype=bool)
+        if not len(earlier):
+            return similar
+        self._rows.flush()
+        rows = np.memmap(self._rows, np.uint32, "r").reshape(-1, PERMUTATIONS)
+        for start in range(0, len(earlier), _COMPARED):
+            part = slice(start, start + _COMPARED)
+            similar[part] = np.mean(rows[earlier[part]] == rows[later[part]], axis=1) >= THRESHOLD
+        return similar
 
-    def _read(self, row: int) -> Signatures:
-        self._rows.seek(row * PERMUTATIONS * 4)
-        return np.frombuffer(self._rows.read(PERMUTATIONS * 4), np.uint32)
+
+def _meeting(band: Words, left: Rows, right: Rows) -> tuple[Rows, Rows]:
+    """Each row of ``right`` with the first `_FEW` rows of ``left`` that have the same hash: one alone may be less like it than the next."""
+    hot = _repeated_values(band[left] if left is right else np.concatenate([band[left], band[right]]))
+    left, right = left[_among(band[left], hot)], right[_among(band[right], hot)]
+    order = np.argsort(band[left], kind="stable")
+    known, wanted = band[left][order], band[right]
+    begin, end = np.searchsorted(known, wanted), np.searchsorted(known, wanted, side="right")
+    met = [(begin + place)[within] for place in range(_FEW) for within in (begin + place < end,)]
+    rows = [right[begin + place < end] for place in range(_FEW)]
+    return left[order[np.concatenate(met)]], np.concatenate(rows)
 
 
-def _meeting(band: Words, left: Rows, right: Rows) -> npt.NDArray[np.int64]:
-    """(m, 2) each row of ``right`` with the first row of ``left`` that has the same hash."""
-    if not len(left) or not len(right):
-        return np.empty((0, 2), np.int64)
-    known, first = np.unique(band[left], return_index=True)
-    wanted = band[right]
-    position = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-    met = known[position] == wanted
-    return np.stack([left[first[position[met]]], right[met]], axis=1)
+def _repeated_values(values: Words) -> Words:
+    """Those that occur more than once: sorting values is ten times as fast as sorting rows by them, and few rows share one."""
+    ordered = np.sort(values)
+    return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+
+
+def _among(values: Words, known: Words) -> npt.NDArray[np.bool_]:
+    """Whether each is one of ``known``, which ascends."""
+    if not len(known):
+        return np.zeros(len(values), dtype=bool)
+    return np.asarray(known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values)
 
 
 def repeated(earlier: Rows, later: Rows, rows: int) -> npt.NDArray[np.bool_]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from finetune.config.data import Data
 from finetune.data.records import Conversation, Message, Record, Text
-from finetune.data.render import Example, Renderer, Supervise
+from finetune.data.render import Example, Renderer
 from finetune.errors import DataError
 
 
@@ -114,19 +114,21 @@ class _Splitter:
 
     def _teaches(self, start: int, end: int) -> bool:
         messages = [message for exchange in self.exchanges[start:end] for message in exchange]
-        return self.data.supervise == "all" or any(message.role == "assistant" and message.supervised for message in messages)
+        everyone = self.data.supervise == "all"
+        return any(message.supervised and (everyone or message.role == "assistant") for message in messages)
 
     def _length(self, start: int, end: int) -> int:
-        return len(self._render(start, end, "all").ids)  # with every token supervised, no piece is refused for having none
+        """Of the text alone: weights are no part of it, and would have pieces refused that teach nothing."""
+        whole = self._record(start, end)
+        messages = tuple([replace(message, supervised=True) for message in whole.messages])
+        return len(self.renderer.example(replace(whole, messages=messages), "all").ids)
 
     def _piece(self, start: int, end: int) -> Piece:
-        return Piece(self._render(start, end, self.data.supervise), self._record(start, end))
+        record = self._record(start, end)
+        return Piece(self.renderer.example(record, self.data.supervise), record)
 
     def _record(self, start: int, end: int) -> Conversation:
         return replace(self.record, messages=(*self.head, *(message for exchange in self.exchanges[start:end] for message in exchange)))
-
-    def _render(self, start: int, end: int, supervise: Supervise) -> Example:
-        return self.renderer.example(self._record(start, end), supervise)
 
 
 def replace_where(piece: Piece, where: str) -> Piece:

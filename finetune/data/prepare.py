@@ -19,7 +19,7 @@ from finetune.config.data import Data, ValidationSplit
 from finetune.data.arrange import Arranged, arrange
 from finetune.data.checks import findings
 from finetune.data.examples import Examples, Rows, Table, open_table
-from finetune.data.key import prepared_key, sources
+from finetune.data.key import prepared_key, refuse_changed, sources, stamps
 from finetune.data.near import SignatureFile
 from finetune.data.reading import Progress, read_all
 from finetune.data.render import Renderer
@@ -57,8 +57,14 @@ def prepare(data: Data, renderer: Renderer, seed: int, progress: Progress = _unw
     Several processes may ask at once: one works, the others wait and read. To free the disk, remove `prepared` in the cache directory.
     """
     _refuse_validation_weights(data)
+    before = stamps(data)
     key = prepared_key(data, renderer, seed)
-    return _load(cached("prepared", key, lambda directory: _make(directory, Worker(data, renderer, seed), progress)))
+
+    def make(directory: Path) -> None:
+        _make(directory, Worker(data, renderer, seed), progress)
+        refuse_changed(data, renderer, seed, key, before)
+
+    return _load(cached("prepared", key, make))
 
 
 def _load(directory: Path) -> PreparedData:

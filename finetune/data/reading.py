@@ -77,7 +77,9 @@ def read_all(path: Path, worker: Worker, near: SignatureFile | None, progress: P
 def _no_rows() -> Index:
     words = np.empty(0, np.uint64)
     ints = np.empty(0, np.int32)
-    return Index(ints.astype(np.int16), ints.astype(np.int64), ints, ints, words.reshape(0, 2), words, ints.astype(np.uint8))
+    return Index(
+        ints.astype(np.int16), ints.astype(np.int64), ints, ints, words.reshape(0, 2), words.reshape(0, 2), words, ints.astype(np.uint8)
+    )
 
 
 def _chunks(data: Data, progress: Progress) -> Iterator[Chunk]:

@@ -45,6 +45,8 @@ class SourceReport:
     """Over-long rows that were cut into pieces, documents included."""
     longest_row: int = 0
     """Tokens of the longest conversation before anything was cut."""
+    unused: dict[str, int] = field(default_factory=dict)
+    """Columns that the format passes over, and how many rows have each."""
 
 
 @dataclass(frozen=True, slots=True)

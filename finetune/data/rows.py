@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from finetune.config.data import Data
 from finetune.data.checks import Flags, content, text_flags, token_flags
 from finetune.data.examples import Flat, Ints, Rows
-from finetune.data.formats import parse
+from finetune.data.formats import parse, unused_columns
 from finetune.data.near import Signatures, signatures
 from finetune.data.overlong import Piece, shorten
 from finetune.data.records import Record, Row, Text
@@ -24,6 +25,11 @@ from finetune.errors import DataError, Problem
 
 PROBLEMS = 20
 """Bad rows that are shown; more are only counted."""
+
+COLUMNS = 50
+"""Names of unused columns that are counted: a file whose keys are data has millions."""
+
+_NAME_LENGTH = 80
 
 Words = npt.NDArray[np.uint64]
 
@@ -43,14 +49,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What is known of every example without reading its tokens: about 40 bytes each."""
+    """What is known of every example without reading its tokens: about 60 bytes each."""
 
     source: npt.NDArray[np.int16]  # (n,)
     row: Rows  # (n,) number of the row it came from; pieces of a row share it
     length: Ints  # (n,) tokens
     supervised: Ints  # (n,) tokens that carry loss
     content: Words  # (n, 2) the first 16 bytes of sha256 over ids and mask
-    draw: Words  # (n,) place in the draw for validation, from the seed and the content of the whole row
+    tokens: Words  # (n, 2) the same over ids alone: what validation must not share with training, whatever carries loss
+    draw: Words  # (n,) place in the draw for validation, from the seed and the tokens of the whole row
     flags: Flags  # (n,) bits of `checks.Flag`
 
     def __len__(self) -> int:
@@ -73,13 +80,16 @@ class Tally:
     split: int = 0
     longest_row: int = 0
     """Tokens of the longest conversation as it was read; documents, which are always cut, do not count."""
+    unused: dict[str, int] = field(default_factory=dict)
+    """Columns that the format passes over, and how many rows have each; of the first `COLUMNS` names."""
 
     def add(self, other: Tally) -> None:
         """Add the figures of ``other``."""
-        longest = max(self.longest_row, other.longest_row)
-        for column in fields(self):
-            setattr(self, column.name, getattr(self, column.name) + getattr(other, column.name))
-        self.longest_row = longest
+        self.longest_row = max(self.longest_row, other.longest_row)
+        for name in ("rows", "over_long", "dropped", "truncated", "split"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        merged = Counter(self.unused) + Counter(other.unused)
+        self.unused = dict(islice(merged.items(), COLUMNS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +129,7 @@ class Worker:
                 numbers.append(number)
             except DataError as error:
                 errors[number] = error
+        tally.unused = _unused([item for item in chunk.items if isinstance(item, Row)], chunk)
         pieces: list[_Placed] = []
         for number, record, example in zip(numbers, records, self.renderer.examples(records, self.data.supervise), strict=True):
             try:
@@ -152,11 +163,11 @@ class Worker:
 
     def _columns(self, source: int, placed: list[_Placed], tally: Tally, problems: tuple[tuple[Problem, ...], int]) -> Worked:
         flat = Flat.of([each.piece.example for each in placed])
-        digests = _digests(flat)
+        contents, tokens = _digests(flat)
         # a row that was cut is drawn as a whole, so that its pieces land on one side
         wholes = [
-            digest if each.whole is each.piece.example else _digests(Flat.of([each.whole]))[0]
-            for each, digest in zip(placed, digests, strict=True)
+            digest if each.whole is each.piece.example else _digests(Flat.of([each.whole]))[1][0]
+            for each, digest in zip(placed, tokens, strict=True)
         ]
         texts = [0 if each.piece.record is None else text_flags(content(each.piece.record)) for each in placed]
         index = Index(
@@ -164,7 +175,8 @@ class Worker:
             row=np.array([each.row for each in placed], np.int64),
             length=np.diff(flat.offsets),
             supervised=flat.supervised(),
-            content=np.frombuffer(b"".join([digest[:16] for digest in digests]), "<u8").reshape(-1, 2),
+            content=_words(contents),
+            tokens=_words(tokens),
             draw=_draws(wholes, self.seed),
             flags=token_flags(flat) | np.array(texts, np.uint8),
         )
@@ -183,13 +195,33 @@ class _Placed:
     whole: Example
 
 
-def _digests(flat: Flat) -> list[bytes]:
-    """sha256 over ids and mask of each example, as `Example.content_hash` has it."""
+def _unused(rows: Sequence[Row], chunk: Chunk) -> dict[str, int]:
+    """Columns that become nothing, each with its number of rows."""
+    found: Counter[str] = Counter()
+    for names, count in Counter([tuple(row.values) for row in rows]).items():
+        for name in unused_columns(names, chunk.format, chunk.columns):
+            found[name.encode("utf-8", "backslashreplace").decode()[:_NAME_LENGTH]] += count
+    return dict(islice(found.items(), COLUMNS))
+
+
+def _digests(flat: Flat) -> tuple[list[bytes], list[bytes]]:
+    """sha256 over ids and mask of each example, as `Example.content_hash` has it; and over its ids alone."""
     ids, mask = flat.ids.astype("<i4").tobytes(), flat.mask.tobytes()
-    return [hashlib.sha256(ids[4 * left : 4 * right] + mask[left:right]).digest() for left, right in pairwise(flat.offsets.tolist())]
+    contents, tokens = [], []
+    for left, right in pairwise(flat.offsets.tolist()):
+        digest = hashlib.sha256(ids[4 * left : 4 * right])
+        tokens.append(digest.digest())
+        digest.update(mask[left:right])
+        contents.append(digest.digest())
+    return contents, tokens
+
+
+def _words(digests: Sequence[bytes]) -> Words:
+    """(n, 2) the first 16 bytes of each."""
+    return np.frombuffer(b"".join([digest[:16] for digest in digests]), "<u8").reshape(-1, 2)
 
 
 def _draws(digests: Sequence[bytes], seed: int) -> Words:
-    """A number below 2**64 for each row, uniform over contents and fixed by the seed."""
+    """A number below 2**64 for each row, uniform over digests and fixed by the seed."""
     drawn = [hashlib.sha256(f"{seed}:{digest.hex()}".encode()).digest()[:8] for digest in digests]
     return np.frombuffer(b"".join(drawn), ">u8").astype(np.uint64)

@@ -281,10 +281,11 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.txt").write_text("outside")
+    (tmp_path / "elsewhere" / "c.txt").write_text("there as well")
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "back").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "b.txt").symlink_to(tmp_path / "elsewhere" / "a.txt")
-    assert [row.where for row in rows_of(tmp_path / "data")] == [f"{tmp_path}/data/b.txt", f"{tmp_path}/data/link/a.txt"]
+    assert [row.where for row in rows_of(tmp_path / "data")] == [f"{tmp_path}/data/b.txt", f"{tmp_path}/data/link/c.txt"]
     (tmp_path / "data" / "broken.txt").symlink_to(tmp_path / "absent.txt")
     with pytest.raises(DataError, match="no such data file"):
         rows_of(tmp_path / "data")
