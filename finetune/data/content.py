@@ -71,6 +71,36 @@ def locate(record: Conversation, chat: Chat) -> list[tuple[int, int]]:
     return places
 
 
+def locate_roughly(messages: Iterable[Message], text: str) -> list[tuple[int, int]]:
+    """Characters of each message's words where they first stand in a prompt, whose template may leave out or rewrite some."""
+    found = [(text.find(words), len(words)) for message in messages if (words := message.content.strip())]
+    return [(start, start + length) for start, length in found if start >= 0]
+
+
+def ignored(record: Conversation, chat: Chat) -> tuple[tuple[int, int], ...]:
+    """Characters of the turns that the row gives no weight; DataError where some of them cannot be told from the others."""
+    without = [number for number, message in enumerate(record.messages) if not message.supervised]
+    if not without:
+        return ()
+    regions = chat.regions
+    if regions is None:
+        raise _not_left_out("the chat template does not tell where a turn begins", record.where)
+    if record.messages[0].role == "system":  # its words may stand before the loop, which then passes over it
+        regions = ((0, regions[0][1]), *regions[1:])
+    for number, (message, (start, end)) in enumerate(zip(record.messages, regions, strict=True), start=1):
+        words, text = message.content.strip(), chat.text[start:end]
+        # Of every message: where the text of one is written into the turn of another, one of weight 0 would take its words along.
+        if words and not _is_in(words, text) and "".join(words.split()) not in "".join(text.split()):
+            raise _not_left_out(f"the chat template does not write message {number} ({message.role}) as a turn of its own", record.where)
+    return tuple(regions[number] for number in without)
+
+
+def _not_left_out(why: str, where: str) -> DataError:
+    return DataError(
+        f"{why}, so a turn of weight 0 cannot be left out", where=where, fix="set data.supervise to `assistant`, or remove the weight"
+    )
+
+
 def _require_kept(words: str, text: str, number: int, record: Conversation) -> None:
     """Templates may trim, indent, or write a tool's result as JSON; dropping or rewriting is no rendering of the row."""
     if not _is_in(words, text) and "".join(words.split()) not in "".join(text.split()):
@@ -85,7 +115,7 @@ def _require_calls(message: Message, text: str, number: int, where: str) -> None
     lost = next((value for value in _values([call.get("function", call) for call in message.tool_calls]) if not _is_in(value, text)), None)
     if lost is not None:
         raise DataError(
-            f"the chat template does not write the tool call of message {number + 1}: {lost[:60]!r} is missing",
+            f"the chat template does not write the tool call of message {number + 1}: {str(lost)[:60]!r} is missing",
             where=where,
             fix="use a model whose chat template knows tools, or write the call into the message's text",
         )
@@ -101,8 +131,10 @@ def _require_tool(tool: Mapping[str, Any], text: str, where: str) -> None:
         )
 
 
-def _is_in(value: str, text: str) -> bool:
-    """As it is, or as JSON writes it."""
+def _is_in(value: str | float, text: str) -> bool:
+    """As it is, or as JSON writes it; a number or truth value also as Python does."""
+    if not isinstance(value, str):
+        return json.dumps(value) in text or str(value) in text
     return value in text or json.dumps(value, ensure_ascii=False)[1:-1] in text or json.dumps(value)[1:-1] in text
 
 
@@ -118,10 +150,12 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _values(value: object) -> Iterator[str]:
-    """The strings of nested data without its keys."""
+def _values(value: object) -> Iterator[str | float]:
+    """The texts, numbers and truth values of nested data without its keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (Mapping, list, tuple)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _values(item)
+    elif isinstance(value, (bool, int, float)):
+        yield value

@@ -14,9 +14,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from finetune.data.content import control_pattern
 from finetune.errors import DataError
 
+_STRANGE = ("\U00012000", "\ua66e", "\U0010fffd")  # characters that few vocabularies have
 _PROBE = "A probe: two words,\n\n three  lines\tand 1234.5 — ünïcödé 漢字."
 
 
@@ -58,9 +58,12 @@ class Encoder:
         return {number: token.content for number, token in self._tokenizer.added_tokens_decoder.items() if token.special}
 
     @cached_property
-    def forbidden(self) -> re.Pattern[str] | None:
-        """Finds a special token in a text."""
-        return control_pattern(self.control.values())
+    def unknown(self) -> frozenset[int]:
+        """Special tokens that the model writes for characters it does not know: they may stand in any text, whatever its structure."""
+        named = self._backend.token_to_id(getattr(self._backend.model, "unk_token", None) or "")
+        found = [named, *chain.from_iterable(self._direct(_STRANGE))]
+        framing = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+        return frozenset(token for token in found if token in self.control and token not in framing)
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """One call of the tokenizer for all texts, without special tokens of its own.
@@ -85,6 +88,8 @@ class Encoder:
         special = [token for token in added if token.special]
         if not special or self._backend.encode_special_tokens or any(token.lstrip or token.rstrip or token.single_word for token in added):
             return None
+        if self._backend.normalizer is not None and any(token.normalized for token in special):
+            return None  # what is found in the normalized text cannot be looked for in this one
         if any(token.content in other.content for token in special for other in added if other is not token):
             return None  # which of the two is found would depend on more than the place
         borders = re.compile("(" + "|".join(re.escape(token.content) for token in special) + ")")
@@ -109,7 +114,7 @@ class Encoder:
     def fingerprint(self, template_hash: str) -> str:
         """sha256 over all that decides about ids."""
         names = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
-        definition = json.dumps([self._definition, names, template_hash], sort_keys=True)
+        definition = json.dumps([self._definition, names, template_hash, self._backend.encode_special_tokens], sort_keys=True)
         return hashlib.sha256(definition.encode()).hexdigest()
 
     @cached_property

@@ -117,7 +117,7 @@ def _similar(row: Row, name: str) -> dict[str, str]:
 def _nearest_fix(row: Row, nearest: str) -> str:
     wanted = " and ".join(repr(column) for column in _FORMATS[nearest].columns)
     similar = {ours: theirs for ours, theirs in _similar(row, nearest).items() if ours != theirs}
-    mapping = ", ".join(f"{ours}: {theirs}" for ours, theirs in similar.items())
+    mapping = ", ".join(f"{ours}: {shown(theirs)}" for ours, theirs in similar.items())
     rename = f" (`columns: {{{mapping}}}` gives the file's names)" if similar else ""
     return f"the nearest is {nearest!r}: it needs {wanted}{rename}"
 

@@ -16,7 +16,7 @@ def instrument(environment: Sandbox, tree: nodes.Template) -> None:
     calls = _Calls(environment.meter)
     # Names with a space cannot be written in a template, so none can call them.
     environment.filters |= {"a body": calls.body, "a turn": calls.turn, "a size": calls.sized, "a piece": calls.sliced}
-    environment.filters |= {"a text": calls.joined, "a sum": calls.added}
+    environment.filters |= {"a text": calls.joined, "a sum": calls.added, "a whole": calls.whole}
     _meter_bodies(tree, buffered=False)
     _meter_expressions(tree)
 
@@ -48,6 +48,12 @@ class _Calls:
         """Around the right side of a comparison."""
         if not (inside and isinstance(value, dict)):  # a dict looks its keys up
             (self._meter.touch if isinstance(value, str) else self._meter.weigh)(value)
+        return value
+
+    @pass_context
+    def whole(self, _: Context, value: Any) -> Any:
+        """Around a list, tuple or dict that the template builds, so that none is larger than the budget, and around what is hashed."""
+        self._meter.weigh(value)
         return value
 
     @pass_context
@@ -112,13 +118,29 @@ def _metered(node: nodes.Node) -> nodes.Node:
         return _filter(nodes.List([_metered(term) for term in _terms(node)]), "a sum")
     _meter_expressions(node)
     match node:
+        case nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load") if not _is_constant(node):
+            return _filter(node, "a whole")
+        case nodes.Pair() if not _is_constant(node.key):
+            node.key = _filter(node.key, "a whole")
+        case nodes.Compare() if not _is_constant(node.expr) and any(operand.op in ("in", "notin") for operand in node.ops):
+            node.expr = _filter(node.expr, "a whole")
         case nodes.Concat():
             return _filter(nodes.List(node.nodes), "a text")
         case nodes.Getitem(arg=nodes.Slice()):
             node.node = _filter(node.node, "a piece")
-        case nodes.Operand() if not isinstance(node.expr, (nodes.Const, nodes.List, nodes.Tuple)):
+        case nodes.Operand() if not _is_constant(node.expr):
             node.expr = _filter(node.expr, "a size", nodes.Const(node.op in ("in", "notin")))
     return node
+
+
+def _is_constant(node: nodes.Node) -> bool:
+    """Whether the source alone says how large it is."""
+    match node:
+        case nodes.List() | nodes.Tuple() | nodes.Dict():
+            return all(map(_is_constant, node.items))
+        case nodes.Pair():
+            return _is_constant(node.key) and _is_constant(node.value)
+    return isinstance(node, nodes.Const)
 
 
 def _terms(node: nodes.Node) -> list[nodes.Node]:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from finetune.data.files import CHUNK_BYTES, MAX_ROW_BYTES, READ_FAULTS, Advance, lines, not_text, opened, unreadable
 from finetune.data.records import Row
+from finetune.data.shown import shown
 from finetune.data.strict_json import JsonFault, decode, decode_at, skip
 from finetune.errors import DataError
 
@@ -66,7 +67,7 @@ def start_of(text: str, position: int | None = None, length: int = 100) -> str:
     """About ``length`` characters of ``text``: its start, or what surrounds ``position``."""
     first = max(0, (position or 0) - length // 2) if len(text) > length else 0
     piece = text[first : first + length].split("\n")[0]
-    return ("…" if first else "") + piece + ("…" if first + length < len(text) else "")
+    return ("…" if first else "") + shown(piece) + ("…" if first + length < len(text) else "")
 
 
 def read_json(path: Path, advance: Advance) -> Iterator[Row | DataError]:

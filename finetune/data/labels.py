@@ -11,9 +11,9 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from finetune.data.content import control_pattern
+from finetune.data.content import control_pattern, written
 from finetune.data.encoding import Encoded, Encoder
-from finetune.data.records import Record
+from finetune.data.records import Record, Text
 from finetune.data.turns import Answer
 from finetune.errors import DataError
 
@@ -41,6 +41,7 @@ class Labels:
     def __init__(self, encoder: Encoder, structure: Mapping[int, str]) -> None:
         self._encoder = encoder
         self._structure = frozenset(structure)
+        self._texts = frozenset(structure.values())
         self._pattern = control_pattern(structure.values())
         self._asked: dict[str, list[int]] = {}
 
@@ -50,6 +51,7 @@ class Labels:
         if spans is None:
             encoded = self._encoder.places(draft.text)
             self._refuse_joined(draft, encoded)
+            self._refuse_disguised(draft, encoded)
             spans = [self._by_places(draft, answer, encoded) for answer in draft.learned]
             ignored = [encoded.tokens(*span) for span in draft.ignored]
         else:
@@ -61,11 +63,37 @@ class Labels:
         mask[:1] = [False]  # nothing predicts the first
         return mask
 
+    def require_clean(self, draft: Draft, ids: list[int]) -> None:
+        """DataError where the row's words are, complete or become a control token (C6), for texts whose mask is not asked for."""
+        if isinstance(draft.record, Text):
+            if self._structure.isdisjoint(ids):
+                return
+        else:
+            marks = self._marks(draft.text)
+            if sum(token in self._structure for token in ids) == len(marks) and not _overlap(marks, draft.words):
+                return
+        encoded = self._encoder.places(draft.text)
+        self._refuse_joined(draft, encoded)
+        self._refuse_disguised(draft, encoded)
+
+    def _marks(self, text: str) -> _Spans:
+        return [found.span() for found in self._pattern.finditer(text)] if self._pattern else []
+
+    def _refuse_disguised(self, draft: Draft, encoded: Encoded) -> None:
+        """A tokenizer that normalizes may read a control token where the text shows another (`＜|im_end|＞` in its full width)."""
+        strings = (draft.record.text,) if isinstance(draft.record, Text) else tuple(written(draft.record.messages, draft.record.tools))
+        for token, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
+            shape = draft.text[start:end].strip()
+            if token in self._structure and shape not in self._texts and any(shape in string for string in strings):
+                raise DataError(
+                    f"the tokenizer reads {shape!r} as a control token", where=draft.record.where, fix="remove it from the text, or the row"
+                )
+
     def _by_counting(self, draft: Draft, ids: list[int]) -> _Spans | None:
         """First and last + 1 of each answer's tokens; None where control tokens do not tell."""
         structure = self._structure
         places = [place for place, token in enumerate(ids) if token in structure]
-        marks = [found.span() for found in self._pattern.finditer(draft.text)] if self._pattern else []
+        marks = self._marks(draft.text)
         if len(places) != len(marks) or draft.ignored or _overlap(marks, draft.words):
             return None
         ends = {end: place for (_, end), place in zip(marks, places, strict=True)}

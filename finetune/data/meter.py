@@ -8,6 +8,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Undefined
 from jinja2.utils import Namespace
 
+_DEEPEST = 200  # lists in lists; Python's own functions for them use the machine's stack, whose end ends the process
+
 
 class OverBudgetError(SecurityError):
     """The template does more work than any chat template needs."""
@@ -46,16 +48,24 @@ class Meter:
         else:
             self.charge(1)
 
-    def weigh(self, value: object) -> None:
-        """Charge for writing or comparing ``value`` with all it holds: a list that names itself twice, thirty times over, is long."""
+    def weigh(self, value: object, depth: int = 0) -> None:
+        """Charge for building, writing, comparing or hashing ``value`` with all it holds.
+
+        A list that names itself twice, thirty times over, is long. SecurityError where lists stand more than 200 deep in each other.
+        """
+        if type(value) is str:
+            self.charge((len(value) >> 3) + 1)
+            return
         if isinstance(value, Namespace):
-            raise SecurityError("a namespace can be neither printed nor compared")
+            raise SecurityError("a namespace can be neither printed, nor compared, nor put into a list")
+        if depth > _DEEPEST:
+            raise SecurityError(f"lists nest more than {_DEEPEST} deep")
         self.touch(value)
         if isinstance(value, Mapping):
             for key, item in value.items():
-                self.weigh(key)
-                self.weigh(item)
+                self.weigh(key, depth + 1)
+                self.weigh(item, depth + 1)
         elif isinstance(value, Collection) and not isinstance(value, (str, Undefined)):
             self.charge(3 * len(value))  # a step of Python each
             for item in value:
-                self.weigh(item)
+                self.weigh(item, depth + 1)

@@ -14,11 +14,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from finetune.data.content import control_pattern, locate, refuse_control_tokens, refuse_half_characters, written
+from finetune.data.content import (
+    control_pattern,
+    ignored,
+    locate,
+    locate_roughly,
+    refuse_control_tokens,
+    refuse_half_characters,
+    written,
+)
 from finetune.data.encoding import Encoder
 from finetune.data.labels import Draft, Labels
 from finetune.data.records import Conversation, Message, Record, Text
-from finetune.data.turns import Chat, Turns
+from finetune.data.turns import Turns
 from finetune.errors import DataError
 
 Supervise = Literal["assistant", "last-turn", "all"]
@@ -82,6 +90,8 @@ class Renderer:
         refuse_half_characters(text, where)
         ids = self._encoder.ids([text])[0]
         self._require_one_bos(ids, where)
+        record = Conversation(tuple(messages), where, tuple(tools))
+        self._labels.require_clean(Draft(record, text, words=locate_roughly(messages, text)), ids)
         return tuple(ids)
 
     def example(self, record: Record, supervise: Supervise = "assistant") -> Example:
@@ -92,7 +102,13 @@ class Renderer:
         return example
 
     def examples(self, records: Sequence[Record], supervise: Supervise = "assistant") -> list[Example | DataError]:
-        """`example` of each record, in order, with one call of the tokenizer; a record that cannot be used gives its error instead."""
+        """`example` of each record, in order, with one call of the tokenizer; a record that cannot be used gives its error instead.
+
+        DataError where the chat template does not compile: no conversation can be used then.
+        """
+        if self.tokenizer.chat_template:
+            for with_tools in {bool(record.tools) for record in records if isinstance(record, Conversation)}:
+                self._turns(with_tools)
         drafts = [self._try_draft(record, supervise) for record in records]
         encoded = iter(self._encoder.ids([draft.text for draft in drafts if isinstance(draft, Draft)]))
         return [draft if isinstance(draft, DataError) else self._try_finish(draft, next(encoded)) for draft in drafts]
@@ -112,7 +128,7 @@ class Renderer:
             return error
 
     def _document(self, record: Text) -> Draft:
-        refuse_control_tokens((record.text,), self._encoder.forbidden, record.where)
+        refuse_control_tokens((record.text,), self._forbidden, record.where)
         return Draft(record, record.text)
 
     def _conversation(self, record: Conversation, supervise: Supervise) -> Draft:
@@ -120,7 +136,7 @@ class Renderer:
         turns = self._turns(bool(record.tools), record.where)
         if supervise == "all":
             chat = turns.whole(record)
-            return Draft(record, chat.text, everything=True, ignored=_ignored(record, chat), words=locate(record, chat))
+            return Draft(record, chat.text, everything=True, ignored=ignored(record, chat), words=locate(record, chat))
         chat = turns.chat(record)
         learned = chat.answers[-1:] if supervise == "last-turn" else chat.answers
         learned = tuple([answer for answer in learned if record.messages[answer.number].supervised])
@@ -129,6 +145,7 @@ class Renderer:
     def _finish(self, draft: Draft, ids: list[int]) -> Example:
         where = draft.record.where
         if isinstance(draft.record, Text):
+            self._labels.require_clean(draft, ids)
             example = Example(*self._encoder.document(ids), where)
         else:
             self._require_one_bos(ids, where)
@@ -162,7 +179,8 @@ class Renderer:
 
     @cached_property
     def _labels(self) -> Labels:
-        return Labels(self._encoder, self._structure)
+        unknown = self._encoder.unknown
+        return Labels(self._encoder, {token: text for token, text in self._structure.items() if token not in unknown})
 
     @cached_property
     def _structure(self) -> dict[int, str]:
@@ -178,24 +196,11 @@ class Renderer:
         except DataError:  # no template, or one that takes no such conversation
             return {}, None
         question, answer = self._encoder.ids(texts)
-        added = {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()}
+        known = self.tokenizer.added_tokens_decoder.items()
+        added = {number: token.content for number, token in known if number not in self._encoder.unknown}
         closing = answer[-1] if answer and answer[-1] in added else None
         return {number: added[number] for number in (*question, *answer[-1:]) if number in added}, closing
 
     @cached_property
     def _forbidden(self) -> re.Pattern[str] | None:
         return control_pattern(self._structure.values())
-
-
-def _ignored(record: Conversation, chat: Chat) -> tuple[tuple[int, int], ...]:
-    """Characters of the turns that the row gives no weight."""
-    without = [number for number, message in enumerate(record.messages) if not message.supervised]
-    if not without:
-        return ()
-    if chat.regions is None:
-        raise DataError(
-            "the chat template does not tell where a turn begins, so a turn of weight 0 cannot be left out",
-            where=record.where,
-            fix="set data.supervise to `assistant`, or remove the weight",
-        )
-    return tuple(chat.regions[number] for number in without)

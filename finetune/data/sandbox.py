@@ -19,7 +19,7 @@ from jinja2 import pass_eval_context
 from jinja2.exceptions import SecurityError
 from jinja2.filters import do_join, do_replace, make_attrgetter
 from jinja2.nodes import EvalContext
-from jinja2.runtime import Context, LoopContext
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 
 from finetune.data.meter import Meter
@@ -29,9 +29,9 @@ _WIDEST = 999  # columns of a formatted field, digits of a rounding
 _LARGEST_BITS = 8192  # of an integer
 _LONGEST_SEPARATOR = 64
 
-_FREE = ("abs", "attr", "count", "d", "default", "first", "float", "int", "items", "last", "length")
+_FREE = ("abs", "count", "d", "default", "first", "float", "int", "items", "last", "length")
 _TOUCHED = ("list", "map", "reject", "rejectattr", "reverse", "select", "selectattr")
-_WEIGHED = ("capitalize", "e", "escape", "lower", "safe", "string", "title", "trim", "truncate", "upper", "urlencode", "wordcount")
+_WEIGHED = ("attr", "capitalize", "e", "escape", "lower", "safe", "string", "title", "trim", "truncate", "upper", "urlencode", "wordcount")
 _SORTED = ("dictsort", "groupby", "max", "min", "sort", "unique")
 # fmt: off
 _PRICED_TESTS = (
@@ -95,6 +95,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """As the parent's, paying for the hash of a tuple."""
+        if type(argument) is tuple:
+            self.meter.weigh(argument)
+        return super().getitem(obj, argument)
+
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - a template may pass `self=`
         """Pay, then call."""
         __self.meter.charge(10)
@@ -106,8 +112,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 raise SecurityError(f"chat templates may not call {type(owner).__name__}.{__obj.__name__}")
             elif isinstance(owner, (list, tuple)):  # index and count compare
                 __self.meter.weigh(owner)
-        for value in args:
-            __self.meter.touch(value)
+            elif isinstance(owner, dict) and __obj.__name__ != "get":
+                __self.meter.touch(owner)
+        # A macro hands its arguments on; all else hashes, writes or keeps them, as `varargs` of a macro does in a new tuple.
+        hands_on = isinstance(__obj, Macro) and not (__obj.catch_varargs or __obj.catch_kwargs)
+        for value in (*args, *kwargs.values()):
+            (__self.meter.touch if hands_on else __self.meter.weigh)(value)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:

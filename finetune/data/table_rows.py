@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -206,8 +207,11 @@ def _arrow_batches(mapped: pyarrow.MemoryMappedFile, size: int, advance: Advance
 
 
 def _damaged(kind: str, error: BaseException, path: Path) -> DataError:
-    reason = str(error).split("\n")[0]
-    return DataError(f"not valid {kind}, or damaged: {reason}", where=str(path), fix="copy, download or write the file again")
+    return DataError(f"not valid {kind}, or damaged: {_first_line(error)}", where=str(path), fix="copy, download or write the file again")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0]
 
 
 def batch_rows(batches: Iterable[pyarrow.RecordBatch], where: str) -> Iterator[Row | DataError]:
@@ -242,19 +246,54 @@ def _piece_rows(piece: pyarrow.RecordBatch, where: str, before: int) -> Iterator
         return
     try:
         rows = piece.to_pylist()
-    except UnicodeDecodeError:
-        rows = [_python_row(piece.slice(index, 1)) for index in range(piece.num_rows)]
+    except (pyarrow.ArrowException, OverflowError, ValueError):  # perhaps of one row alone
+        rows = [_python_row(piece.slice(index, 1), f"{where} row {before + index + 1}") for index in range(piece.num_rows)]
+    nested = [field.name for field in piece.schema if pyarrow.types.is_nested(field.type)]
     for number, values in enumerate(rows, start=before + 1):
-        place = f"{where} row {number}"
-        if isinstance(values, dict):
-            yield Row(values, place)
-        else:
-            yield DataError(f"not UTF-8 text: {values}", where=place, fix="write the text of this row as UTF-8")
+        if isinstance(values, DataError):
+            yield values
+            continue
+        for name in nested:
+            values[name] = _without_nulls(values[name])
+        yield Row(values, f"{where} row {number}")
 
 
-def _python_row(row: pyarrow.RecordBatch) -> dict[str, object] | str:
+def _python_row(row: pyarrow.RecordBatch, where: str) -> dict[str, Any] | DataError:
     try:
-        values: dict[str, object] = row.to_pylist()[0]
+        values: dict[str, Any] = row.to_pylist()[0]
     except UnicodeDecodeError as error:
-        return f"byte 0x{error.object[error.start]:02x}"
+        what = f"not UTF-8 text: byte 0x{error.object[error.start]:02x}"
+        return DataError(what, where=where, fix="write the text of this row as UTF-8")
+    except pyarrow.ArrowException as error:
+        return _unknown_zone(row, where) or DataError(
+            f"a column cannot be read: {_first_line(error)}", where=where, fix="remove the column, or write it as text"
+        )
+    except (OverflowError, ValueError) as error:
+        return DataError(f"a date, time or number is out of range: {error}", where=where, fix="correct it, or remove the row or the column")
     return values
+
+
+def _unknown_zone(row: pyarrow.RecordBatch, where: str) -> DataError | None:
+    for field in row.schema:
+        if pyarrow.types.is_timestamp(field.type) and field.type.tz is not None:
+            try:
+                pyarrow.lib.string_to_tzinfo(field.type.tz)
+            except (pyarrow.ArrowException, LookupError, ValueError):
+                return DataError(
+                    f"the times in column {field.name!r} are in the time zone {field.type.tz!r}, which is not known here",
+                    where=where,
+                    fix="write them in another time zone, or remove the column",
+                )
+    return None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Lists and structs without members that are null.
+
+    All values of an Arrow column have one type, so where one row calls a tool with `city` and another one with `zone`, every call of the
+    file has both keys, one of them null. In a message null says nothing; in a tool's arguments or schema the model would learn to write it.
+    A null that the row's author meant cannot be told from these, as it can in JSON, where it is kept.
+    """
+    if type(value) is dict:
+        return {key: _without_nulls(item) if type(item) in (dict, list) else item for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if type(value) is list else value

@@ -15,6 +15,7 @@ from jinja2 import Template, TemplateError
 from finetune.data.instrument import instrument
 from finetune.data.meter import OverBudgetError
 from finetune.data.sandbox import Sandbox
+from finetune.data.shown import shown
 from finetune.errors import DataError
 
 # What an expression of a template can raise beside Jinja's own errors: `{{ 1 + 'a' }}`, `{{ '%q' % 1 }}`, `{{ 1 / 0 }}`, ...
@@ -23,6 +24,7 @@ _FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, 
 _LONGEST_SOURCE = 262_144  # characters; the longest templates of well-known models have about 20,000
 _BASE_BUDGET = 1_000_000  # units of `Meter.charge`; a turn of a loop in a large template costs about 1,000
 _BUDGET_PER_CHARACTER = 100  # of the conversation: templates that compare every message with every other are quadratic
+_LONGEST_MESSAGE = 200  # characters of what a template says when it refuses
 _LONGEST_FACTOR = 20  # characters of output for each of input, beside _BASE_BUDGET
 
 
@@ -78,20 +80,21 @@ class ChatTemplate:
             return Template.from_code(self._sandbox, self._sandbox.compile(tree), {})
         except (TemplateError, SyntaxError, *_FAULTS) as error:
             raise DataError(
-                f"the chat template cannot be compiled: {type(error).__name__}: {error}",
+                f"the chat template cannot be compiled: {type(error).__name__}: {shown(str(error), _LONGEST_MESSAGE)}",
                 where=f"chat template, line {getattr(error, 'lineno', None) or '?'}",
                 fix="mend the tokenizer's chat template",
             ) from error
 
 
 def _refusal(error: BaseException, where: str) -> DataError:
+    said = shown(str(error), _LONGEST_MESSAGE)
     if isinstance(error, OverBudgetError):
-        what = f"the chat template was stopped: {error}"
+        what = f"the chat template was stopped: {said}"
         return DataError(what, where=where, fix="use the template that came with the model; if this is it, shorten the row")
     if isinstance(error, TemplateError):
-        return DataError(f"the chat template refuses this conversation: {error}", where=where, fix="check the order of roles")
+        return DataError(f"the chat template refuses this conversation: {said}", where=where, fix="check the order of roles")
     return DataError(
-        f"the chat template fails on this conversation: {type(error).__name__}: {error}",
+        f"the chat template fails on this conversation: {type(error).__name__}: {said}",
         where=where,
         fix="check the order of roles, or mend the tokenizer's chat template",
     )

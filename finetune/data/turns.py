@@ -38,6 +38,10 @@ class Chat(NamedTuple):
     """The generation prompt that stands before each answer; empty where there is none, or where it was not looked for."""
 
 
+_CALL = {"type": "function", "id": "call00001", "function": {"name": "probe", "arguments": {"key": "value"}}}
+_RESULT = Message("tool", "Result.", name="probe", tool_call_id="call00001")
+
+
 @dataclass(frozen=True, slots=True)
 class _Kind:
     """What a template may treat in its own way."""
@@ -46,18 +50,22 @@ class _Kind:
     with_tools: bool
     with_calls: bool
     several: bool  # answers
+    last: str  # role
 
     def messages(self) -> tuple[Message, ...]:
         """A conversation of this kind."""
         turns = [Message("system", "Be brief.")] if self.with_system else []
         turns.append(Message("user", "First question."))
         if self.with_calls:
-            call = {"type": "function", "id": "call00001", "function": {"name": "probe", "arguments": {"key": "value"}}}
-            turns += [Message("assistant", "", tool_calls=(call,)), Message("tool", "Result.", name="probe", tool_call_id="call00001")]
+            turns += [Message("assistant", "", tool_calls=(_CALL,)), _RESULT]
         turns.append(Message("assistant", "First answer."))
         if self.several:
             turns += [Message("user", "Second question."), Message("assistant", "Second answer.")]
             turns += [Message("user", "Third question."), Message("assistant", "Third answer.")]
+        if self.last != "assistant":
+            turns.append(Message("user", "Last question."))
+        if self.last == "tool":
+            turns += [Message("assistant", "", tool_calls=(_CALL,)), _RESULT]
         return tuple(turns)
 
     def tools(self) -> tuple[Mapping[str, Any], ...]:
@@ -72,13 +80,13 @@ class Turns:
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         self._template = ChatTemplate(source, variables)
-        self._stable: dict[tuple[bool, ...], bool] = {}
+        self._stable: dict[_Kind, bool] = {}
 
     @cached_property
     def generation_prompt(self) -> str:
         """What is written to ask for an assistant's turn; empty for templates that need nothing, such as Mistral's."""
         for with_system in (False, True):  # some templates insist on a system message
-            messages = _Kind(with_system, with_tools=False, with_calls=False, several=False).messages()[:-1]
+            messages = _Kind(with_system, with_tools=False, with_calls=False, several=False, last="assistant").messages()[:-1]
             try:
                 before, asking = self.text(messages), self.text(messages, ask=True)
             except DataError:
@@ -133,10 +141,11 @@ class Turns:
         if roles[0] == "assistant" or "system" in roles[1:]:
             return False
         with_calls = "tool" in roles or any(message.tool_calls for message in record.messages)
-        key = (roles[0] == "system", bool(record.tools), with_calls, roles.count("assistant") > 1 + with_calls)
-        if key not in self._stable:
-            self._stable[key] = self._probe(_Kind(*key))
-        return self._stable[key]
+        # The last role too: some templates write the system's text into the last question, and here none comes after the last answer.
+        kind = _Kind(roles[0] == "system", bool(record.tools), with_calls, roles.count("assistant") > 1 + with_calls, roles[-1])
+        if kind not in self._stable:
+            self._stable[kind] = self._probe(kind)
+        return self._stable[kind]
 
     def _probe(self, kind: _Kind) -> bool:
         record = Conversation(kind.messages(), "chat template", kind.tools())
