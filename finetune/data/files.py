@@ -98,13 +98,8 @@ def _refuse_unwritable_name(path: Path) -> None:
     try:
         name.encode("utf-8")
     except UnicodeEncodeError as error:
-        shown = os.fsencode(name).decode("utf-8", "backslashreplace") if _is_bytes(name) else ascii(name)
+        shown = os.fsencode(name).decode("utf-8", "backslashreplace")
         raise DataError("the file name is not UTF-8 text", where=shown, fix="rename it") from error
-
-
-def _is_bytes(name: str) -> bool:
-    """Whether the characters that are none stand for bytes, as in the names that Python reads from a directory."""
-    return all(not "\ud800" <= character <= "\udfff" or "\udc80" <= character <= "\udcff" for character in name)
 
 
 def _inside(directory: Path) -> Iterator[Path]:

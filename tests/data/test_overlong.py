@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 
@@ -84,3 +85,27 @@ def test_an_exchange_holds_what_follows_the_question() -> None:
     assert [message.content for message in head] == ["0"]
     assert [[message.content for message in exchange] for exchange in found] == [["1", "2", "3", "4", "5"], ["6", "7"]]
     assert exchanges([Message("assistant", "a")]) == ((), [(Message("assistant", "a"),)])
+
+
+@pytest.mark.parametrize("supervise", ["assistant", "all"])
+def test_exchanges_without_any_weight_are_measured_and_left_out(renderer: Renderer, supervise: str) -> None:
+    messages = [
+        Message(message.role, message.content, supervised=number > 1)
+        for number, message in enumerate(talk(60, 60, 60, system=False).messages)
+    ]
+    record = Conversation(tuple(messages), "chat.jsonl:1")
+    pieces = split(record, renderer, 110, supervise)
+    assert len(pieces) == 2
+    assert all(any(piece.mask) for piece in pieces)
+    assert "answer 0" not in "".join(renderer.tokenizer.decode(piece.ids) for piece in pieces)
+
+
+def test_a_template_that_hides_its_turns_is_split_in_spite_of_a_turn_without_weight(renderer: Renderer) -> None:
+    """Where a turn of weight 0 stands must be told for `all` alone, and the length needs no such thing."""
+    tokenizer = copy.deepcopy(renderer.tokenizer)
+    source = tokenizer.chat_template
+    tokenizer.chat_template = "{% macro turns(messages) %}" + source.split("{% if add_generation_prompt %}")[0] + "{% endmacro %}"
+    tokenizer.chat_template += "{{ turns(messages) }}{% if add_generation_prompt %}" + source.split("{% if add_generation_prompt %}")[1]
+    hidden = Renderer(tokenizer)
+    record = talk(60, 60, 60, system=False, silent=(0,))
+    assert [piece.ids for piece in split(record, hidden, 180)] == [piece.ids for piece in split(record, renderer, 180)]

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
@@ -368,6 +369,41 @@ def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path, r
         hashes.append(json.loads(manifest.read_text())["sha256"])
     assert hashes[0] == hashes[1]
     assert {"rows.arrow", "index.safetensors", "report.json"} == set(hashes[0])
+
+
+def test_a9_data_that_changes_while_it_is_read_is_refused(tmp_path: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    path = rows(tmp_path / "a.jsonl", ["old"])
+
+    def change(*_: object) -> None:
+        rows(path, ["new"])  # as many bytes, perhaps in the same tick of the clock
+
+    with pytest.raises(DataError, match="changed while it was read") as caught:
+        prepare(data(path), renderer, 0, change)
+    assert caught.value.problems[0].where == str(path)
+    assert not [left for left in (tmp_path / "cache").rglob("*") if left.is_file() and left.suffix != ".lock"]
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(data(path), renderer, 0, lambda *_: path.unlink(missing_ok=True))
+
+
+def test_files_that_have_rested_are_hashed_once(tmp_path: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = rows(tmp_path / "a.jsonl", ["1", "2"])
+    os.utime(path, (1e9, 1e9))
+    hashed: list[Path] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return "0" * 64
+
+    monkeypatch.setattr(key, "sha256_of", counted)
+    prepare(data(path), renderer, 0)
+    assert hashed == [path]
+
+
+@pytest.mark.parametrize("weight", [0, -1, 1001, 1e15])
+def test_a_weight_beyond_reason_is_refused(weight: float) -> None:
+    with pytest.raises(ValidationError, match=r"greater than 0|less than or equal to 1000"):
+        Data.model_validate({"train": [{"source": "a.jsonl", "weight": weight}]})
 
 
 def test_of_two_runs_at_once_one_prepares(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
