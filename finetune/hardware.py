@@ -47,9 +47,11 @@ def prepare_process() -> None:
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Both speak of things that the user did not ask for and cannot change.
+    # These speak of things that the user did not ask for and cannot change.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # `tuning.method: norm` is PEFT's LN tuning on a layer that it does not know by name, and works: it only multiplies weights.
+    warnings.filterwarnings("ignore", r"Unsupported layer type '.*[nN]orm", category=UserWarning, module=r"peft\.")
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)

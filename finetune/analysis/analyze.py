@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from finetune.analysis.plot import GridPanel, Line, LinePanel, Panel
 from finetune.analysis.runs import KEPT_OF_WHOLE, Changed, Trained, changes, open_trained
 from finetune.analysis.similarity import Of, Similarity, compare
 from finetune.analysis.update_spectra import Directions, amplification, directions, effective_rank
-from finetune.config.schema import Config, Full, Lora
+from finetune.config.schema import Config, EvaInit, Full, Lora
 from finetune.errors import VerificationError
 from finetune.model.targets import kind_of, layer_of
 from finetune.runs import RunDirectory
@@ -40,8 +40,10 @@ class ModuleUpdate:
     shape: tuple[int, int]
     rank: int
     """Directions that could train, and over which the amplification is taken."""
+    rank_bound: int
+    """Largest rank that the update can have: `rank`, or twice that where a start B0 A0 other than zero is taken away."""
     effective_rank: float
-    """exp of the entropy of the normalized singular values; between 1 and `rank`."""
+    """exp of the entropy of the normalized singular values; between 1 and `rank_bound`."""
     singular_values: tuple[float, ...]
     """The largest ones of the update, falling."""
     norm: float
@@ -75,6 +77,8 @@ class Pair:
     first: str
     second: str
     similarities: tuple[Similarity, ...]
+    same_start: bool = False
+    """Whether both drew the same A: one method, rank, start and seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,10 @@ def analyze(runs: Sequence[tuple[RunDirectory, Config]], progress: Callable[[str
         kept: Bases = {}
         found.append(_analyzed(trained, kept if len(opened) > 1 else None, progress))
         bases.append(kept)
-    pairs = [_pair(found[i].run, found[j].run, bases[i], bases[j]) for i, j in combinations(range(len(found)), 2)]
+    pairs = [
+        replace(_pair(found[i].run, found[j].run, bases[i], bases[j]), same_start=_same_start(opened[i].config, opened[j].config))
+        for i, j in combinations(range(len(found)), 2)
+    ]
     return Analysis(tuple(found), tuple(pairs))
 
 
@@ -168,6 +175,7 @@ def _module(change: Changed, found: Directions) -> ModuleUpdate:
         layer=layer_of(update.module),
         shape=(weight.shape[0], weight.shape[1]),
         rank=update.rank,
+        rank_bound=min(update.left.shape[1], *weight.shape),
         effective_rank=effective_rank(found.sigma),
         singular_values=tuple(found.sigma[:_SHOWN_VALUES].tolist()),
         norm=norm,
@@ -203,6 +211,16 @@ def _pair(first: str, second: str, left: Bases, right: Bases) -> Pair:
             "the two runs changed no module of one name and shape", where=f"{first}, {second}", fix="compare runs of one base model"
         )
     return Pair(first, second, tuple(sorted(found, key=_place)))
+
+
+def _same_start(first: Config, second: Config) -> bool:
+    """Whether A of both runs, of one base, was drawn alike; full tuning has none."""
+    left, right = first.tuning, second.tuning
+    if isinstance(left, Full) or isinstance(right, Full) or type(left) is not type(right) or first.seed != second.seed:
+        return False
+    if isinstance(left, Lora) and isinstance(left.init, EvaInit) and first.data != second.data:  # its A comes from the rows
+        return False
+    return all(getattr(left, key, None) == getattr(right, key, None) for key in ("rank", "init_rank", "rank_pattern", "init", "share"))
 
 
 # --- plots ---------------------------------------------------------------------------------------------------------------------------

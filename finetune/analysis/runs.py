@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from finetune.runs import RunDirectory, read_json
 
 KEPT_OF_WHOLE = 64
 """Singular values that are computed of the update of a whole weight (full tuning)."""
+_ROUNDING = 1e-6
+"""Of the largest singular value: what a decomposition in fp32 cannot tell from zero, and whose directions mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def _adapter_changes(trained: Trained, skipped: list[str]) -> Iterator[Changed]:
         corrections = stack.enter_context(Corrections(trained.directory)) if trained.loftq else None
         base = _Base(trained, weights, corrections)
         if adapter.other:
-            skipped.append(f"trained as a whole and not analyzed: {', '.join(adapter.other)}")
+            skipped.extend(_not_analyzed(adapter.other))
         for update in adapter.updates():
             weight = base.read(update.module)
             given = (update.left.shape[0], update.right.shape[0])
@@ -106,6 +108,19 @@ def _adapter_changes(trained: Trained, skipped: list[str]) -> Iterator[Changed]:
                     f"the update of {update.module} has the shape {given}, the base {tuple(weight.shape)}", where=str(trained.base)
                 )
             yield Changed(update, weight, adapter.start(update.module, weight))
+
+
+_NEW_ROWS = ".token_adapter.trainable_tokens_delta"
+
+
+def _not_analyzed(others: Sequence[str]) -> Iterator[str]:
+    """What trained beside the factors: the rows of new tokens, and copies of whole weights."""
+    rows = [name.removesuffix(_NEW_ROWS) for name in others if name.endswith(_NEW_ROWS)]
+    whole = [name for name in others if not name.endswith(_NEW_ROWS)]
+    if rows:
+        yield f"the rows of the new tokens were trained too and are not analyzed: {', '.join(rows)}"
+    if whole:
+        yield f"trained as a whole and not analyzed: {', '.join(whole)}"
 
 
 class _Base:
@@ -147,6 +162,8 @@ def _whole_changes(trained: Trained, skipped: list[str]) -> Iterator[Changed]:
                 unchanged += 1
                 continue
             u, sigma, v = (part.cpu() for part in truncated_svd(delta.to(device), KEPT_OF_WHOLE))
+            live = sigma > _ROUNDING * sigma[0]
+            u, sigma, v = u[:, live], sigma[live], v[live]
             root = sigma.sqrt()
             yield Changed(
                 Update(module, u * root, v.T * root, len(sigma), norm=float(delta.norm())),

@@ -40,6 +40,11 @@ def analyze(
 ) -> None:
     """Show what training did to each weight of finished RUNs: size, effective rank, amplification, and how alike two runs are.
 
+    |dW|/|W|: Frobenius norm of the update over that of the weight (mean, and the layer where it is largest).
+    eff. rank: exp of the entropy of the update's singular values, at most the number under `of`; top sv: the largest of them.
+    amplif.: |dW| over what W has in the update's directions (2106.09685, section 7.3).
+    phi(i): overlap of the first i directions of two runs (2106.09685, section 7.2); chance: that of random ones.
+
     With --spectrum: which layers of a model carry signal, as `targets: {spectrum: P}` chooses them.
     """
     from finetune.cli import view
@@ -90,18 +95,41 @@ def _table(*headings: str, left: int = 1) -> Table:
 def _show_analysis(analysis: Analysis, *, layers: bool) -> None:
     from finetune.cli import view
 
+    notes: tuple[str, ...] = ()
     for run in analysis.runs:
+        _after(notes)
         view.out.print(f"{run.run}: {run.method}, update {run.measured} of {len(run.modules)} matrices", markup=False, style="bold")
         view.out.print(_layers(run.modules) if layers else _summary(run))
         view.out.print()
-        for note in run.notes:
+        notes = run.notes
+        for note in notes:
             view.note(note)
-    for pair in analysis.pairs:
+    if analysis.pairs:
+        _after(notes)
+        _show_pairs(analysis.pairs, layers=layers)
+
+
+def _after(notes: Sequence[str]) -> None:
+    """An empty line after ``notes``, which follow the one below a table."""
+    from finetune.cli import view
+
+    if notes:
+        view.note("")
+
+
+def _show_pairs(pairs: Sequence[Pair], *, layers: bool) -> None:
+    from finetune.cli import view
+
+    for pair in pairs:
         view.out.print(f"phi(i, i) of {pair.first} and {pair.second}", markup=False, style="bold")
         view.out.print(_similarities(pair, layers=layers))
         view.out.print()
-    if analysis.pairs:
-        view.note("phi: 0 orthogonal, 1 the same; chance: of random directions. Runs with one seed begin with the same A.")
+    view.note("phi: 0 orthogonal, 1 the same; chance: of random directions")
+    for pair in pairs:
+        if pair.same_start and any(similarity.of == "A" for similarity in pair.similarities):
+            view.path(
+                f"{pair.first} and {pair.second} began with the same A (one method, start and seed), which alone makes phi of A large"
+            )
 
 
 def _summary(run: RunAnalysis) -> Table:
@@ -119,7 +147,7 @@ def _summary(run: RunAnalysis) -> Table:
             f"{most.relative_norm:.4f}",
             "-" if most.layer is None else str(most.layer),
             f"{_mean(module.effective_rank for module in found):.1f}",
-            str(max(module.rank for module in found)),
+            str(max(module.rank_bound for module in found)),
             f"{max(_top(module) for module in found):.3g}",
             _amplified([module.amplification for module in found]),
         )
@@ -135,7 +163,7 @@ def _layers(modules: Iterable[ModuleUpdate]) -> Table:
             f"{module.norm:.3g}",
             f"{module.relative_norm:.4f}",
             f"{module.effective_rank:.1f}",
-            str(module.rank),
+            str(module.rank_bound),
             f"{_top(module):.3g}",
             _amplified([module.amplification]),
         )

@@ -63,20 +63,25 @@ def train(
 ) -> None:
     """Train as CONFIG says; prints the run directory last.
 
-    Configuration, data and targets are checked before anything is written. Ctrl-C or SIGTERM finishes the step, saves a checkpoint and
-    says how to resume.
+    Configuration, data and targets are checked before anything is written.
+    Ctrl-C or SIGTERM finishes the step, saves a checkpoint and says how to resume.
     """
     from finetune.cli import view
+    from finetune.cli.next_steps import next_steps
+    from finetune.cli.training_view import TrainingView
+    from finetune.config.notes import unusual_rates
 
     loaded = api.load_config(config, override or ())
     code = api.launch(sys.argv[1:], devices)
     if code is not None:
         raise typer.Exit(code)
-    with view.TrainingView().running() as watching:
+    for note in unusual_rates(loaded.config) if _is_first() else ():
+        view.note(f"note: {note}")
+    with TrainingView(loaded.config).running() as watching:
         run = api.train(loaded.config, watching if _is_first() else None, resume=resume)
     if _is_first():
         api.report(run.path)
-        view.note(f"next: finetune eval {run.path}; finetune merge {run.path} -O DIR")
+        view.path(next_steps(run, api.load_config(run.config).config.tuning))
         _print_path("run", run.path, as_json=as_json)
 
 
@@ -102,7 +107,7 @@ def evaluate(
         _print_json(results.as_dict())
         return
     view.show_results(results)
-    view.note(f"\nmeasured in {results.seconds:.0f} s; figures in {run / 'eval' / 'results.json'}, page in {page}")
+    view.path(f"\nmeasured in {results.seconds:.0f} s; figures in {run / 'eval' / 'results.json'}, page in {page}")
 
 
 @app.command()
@@ -122,8 +127,8 @@ def merge(
 ) -> None:
     """Fold the adapter of RUN into its base as DIR, which plain transformers loads; prints DIR last.
 
-    DIR is reloaded in a fresh process and compared with the adapter model on validation rows. Where they differ, nothing is written and
-    the exit code is 6.
+    DIR is reloaded in a fresh process and compared with the adapter model on validation rows.
+    Where they differ, nothing is written and the exit code is 6.
     """
     from finetune.cli import view
 
@@ -155,9 +160,9 @@ def report(run: RunPath, as_json: Json = False) -> None:
     if results:
         view.show_results(results)
     elif "adapter" in places or "model" in places:
-        view.note(f"not evaluated yet: finetune eval {run}")
+        view.path(f"not evaluated yet: finetune eval {run}")
     else:
-        view.note(f"not finished: finetune train {run / 'config.yaml'} --resume")
+        view.path(f"not finished: finetune train {run / 'config.yaml'} --resume")
     view.show_places({**places, "report": page})
 
 

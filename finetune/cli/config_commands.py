@@ -28,10 +28,10 @@ def check(config: ConfigPath, override: Overrides = None, as_json: Json = False)
     Reads only the YAML file: data files are noted if they are missing, not read.
     """
     from finetune.config.load import load_config
-    from finetune.config.notes import missing_sources
+    from finetune.config.notes import missing_sources, unusual_rates
 
     loaded = load_config(config, override or ())
-    notes = missing_sources(loaded.config)
+    notes = [*missing_sources(loaded.config), *unusual_rates(loaded.config)]
     for note in notes:
         typer.echo(f"note: {note}", err=True)
     if as_json:

@@ -39,7 +39,8 @@ def preview(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Show examples with the tokens that carry loss: green in a terminal, between [[ and ]] in a pipe.
 
-    Characters that a terminal would obey or hide are written out; --json has the exact text.
+    Characters that a terminal would obey or hide are written out, and brackets like the marks get a backslash each.
+    --json has the exact text.
     """
     from finetune.cli import preview as shown
     from finetune.cli import view
@@ -64,7 +65,10 @@ def preview(  # noqa: PLR0913 - one parameter an option
             f"{len(example.ids):,} tokens, {sum(example.mask):,} with loss",
             shown.marked(parts, colour=view.has_colour()),
             example.ids if ids else (),
+            last=number == rows[-1][0],
         )
+    if not view.has_colour() and any(shown.has_marks(parts) for _, _, parts in rows):
+        view.note("the text itself holds [[ or ]], shown with a backslash before each bracket; --json has it exactly")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,9 +83,22 @@ def marked(parts: Sequence[Stretch], *, colour: bool) -> Text:
 
     shown = Text()
     for part in parts:
-        text = visible(part.text)
+        text = visible(part.text) if colour else _escaped(visible(part.text))
         shown.append(text if colour or not part.supervised else f"[[{text}]]", style="green" if part.supervised else "dim")
     return shown
+
+
+_LIKE_MARKS = re.compile(r"\[{2,}|\]{2,}|^[\[\]]|[\[\]]\Z")
+"""Brackets that could be taken for a mark, alone or together with the mark beside them."""
+
+
+def has_marks(parts: Sequence[Stretch]) -> bool:
+    """Whether the text itself holds [[ or ]]."""
+    return any("[[" in part.text or "]]" in part.text for part in parts)
+
+
+def _escaped(text: str) -> str:
+    return _LIKE_MARKS.sub(lambda found: "".join(f"\\{bracket}" for bracket in found[0]), text)
 
 
 def visible(text: str) -> str:

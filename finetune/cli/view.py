@@ -8,30 +8,49 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from finetune.errors import FinetuneError
+from finetune.errors import DataError, FinetuneError, Problem, RunInterruptedError
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
 
+_FIRST_PLACES = 3
+
 
 def show_error(error: FinetuneError) -> None:
-    """Every problem of ``error`` in its three parts."""
-    for problem in error.problems:
-        err.print(Text("error: ", style="bold red") + Text(_hanging(problem.what, len("error: ")), style="bold"), soft_wrap=True)
-        if problem.where:
-            err.print(Text(f"  where: {problem.where}"), soft_wrap=True)  # one line, so that a path can be copied
+    """Every problem of ``error`` in its parts; what is wrong in several places alike is said once."""
+    label = "stopped: " if isinstance(error, RunInterruptedError) else "error: "
+    for same in _alike(error.problems):
+        problem = same[0]
+        err.print(Text(label, style="bold red") + Text(hanging(problem.what, len(label)), style="bold"), soft_wrap=True)
+        if places := _places([one.where for one in same if one.where], "rows" if isinstance(error, DataError) else "places"):
+            err.print(Text(f"  where: {places}"), soft_wrap=True)  # one line, so that a path can be copied
         for line in problem.excerpt.splitlines():
             err.print(Text(f"    {line}", style="dim"), soft_wrap=True)
         if problem.fix:
-            err.print(Text("  fix:   " + _hanging(problem.fix, len("  fix:   "))), soft_wrap=True)
+            err.print(Text("  fix:   " + hanging(problem.fix, len("  fix:   "))), soft_wrap=True)
 
 
-def _hanging(text: str, indent: int) -> str:
+def _alike(problems: Sequence[Problem]) -> list[list[Problem]]:
+    """``problems`` by what is wrong and how to mend it, in the order in which each comes first."""
+    found: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        found.setdefault((problem.what, problem.fix), []).append(problem)
+    return list(found.values())
+
+
+def _places(places: Sequence[str], unit: str) -> str:
+    """All of ``places``, or how many they are and the first of them."""
+    if len(places) < 2:
+        return "".join(places)
+    first = ", ".join(places[:_FIRST_PLACES])
+    return f"{len(places)} {unit}, first {first}" if len(places) > _FIRST_PLACES else f"{len(places)} {unit}, {first}"
+
+
+def hanging(text: str, indent: int) -> str:
     """``text`` wrapped to the terminal with its further lines indented; as it is in a pipe."""
     if not err.is_terminal:
         return text
@@ -49,18 +68,25 @@ def has_colour() -> bool:
     return out.is_terminal and not out.no_color
 
 
-def show_example(heading: str, text: Text, ids: Sequence[int]) -> None:
+def show_example(heading: str, text: Text, ids: Sequence[int], *, last: bool) -> None:
     """One example of the data under a line that says what it is; then its token ids, if any are given."""
     out.print(Text(heading, style="bold"))
+    text.rstrip()
     out.print(text)
     if ids:
         out.print(Text(", ".join(map(str, ids)), style="dim"))
-    out.print()
+    if not last:
+        out.print()
 
 
 def note(text: str) -> None:
     """One line for people."""
     err.print(Text(text))
+
+
+def path(text: str) -> None:
+    """One line that holds a path: never broken, so that the path can be copied."""
+    err.print(Text(text), soft_wrap=True)
 
 
 class Preparation:
@@ -105,99 +131,6 @@ def preparing() -> Iterator[Preparation]:
         yield bar
     finally:
         bar.clear()
-
-
-class TrainingView:
-    """Follows a run: a live bar in a terminal, a line now and then in a pipe."""
-
-    def __init__(self) -> None:
-        self._preparation = Preparation()
-        self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=None),
-            TextColumn("loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]} tok/s"),
-            TimeRemainingColumn(compact=True),
-            console=err,
-            transient=False,
-            expand=True,
-        )
-        self._task: TaskID | None = None
-        self._tokens = 0
-        self._seconds = 0.0
-        self._every = 1
-
-    def __call__(self, event: Any) -> None:
-        """Show one event of the run."""
-        handler = getattr(self, f"_on_{type(event).__name__.lower()}")
-        handler(event)
-
-    @contextmanager
-    def running(self) -> Iterator[TrainingView]:
-        """Keep the terminal clean even when the run ends in an error."""
-        try:
-            yield self
-        finally:
-            self._preparation.clear()
-            if self._task is not None:
-                self._progress.stop()
-
-    def _on_preparing(self, event: Any) -> None:
-        self._preparation(event.stage, event.done, event.of)
-
-    def _on_started(self, event: Any) -> None:
-        self._preparation.clear()
-        counts = event.counts
-        err.print(
-            f"Training {event.trainable:,} of {event.total:,} parameters ({event.trainable / event.total:.2%}) on {escape(event.device)}: "
-            f"{event.steps.total} steps over {counts['training rows']:,} rows, {counts['training tokens']:,} tokens an epoch."
-        )
-        for name, (value, reason) in event.choices.items():
-            err.print(Text(_hanging(f"  {name}: {value} ({reason})", 4), style="dim"))
-        for text in event.notes:
-            err.print(Text(_hanging(f"  {text}", 4), style="dim"))
-        err.print(_groups(event.groups))
-        self._every = max(1, event.steps.total // 20)
-        self._task = self._progress.add_task("train", total=event.steps.total, completed=event.done, loss="-", rate="-", speed="-")
-        if err.is_terminal:
-            self._progress.start()
-
-    def _on_alreadyfinished(self, event: Any) -> None:
-        note(f"{event.path} is already finished; for another run choose another output")
-
-    def _on_stepdone(self, event: Any) -> None:
-        self._tokens += event.tokens
-        self._seconds += event.seconds
-        speed = f"{self._tokens / self._seconds:.0f}"
-        rate = f"{max(event.learning_rates.values()):.1e}"
-        if self._task is not None:
-            self._progress.update(self._task, completed=event.step, loss=f"{event.loss:.3f}", rate=rate, speed=speed)
-        if not err.is_terminal and (event.step % self._every == 0 or event.step == 1):
-            err.print(f"step {event.step}  loss {event.loss:.4f}  grad norm {event.grad_norm:.3f}  lr {rate}  {speed} tok/s")
-
-    def _on_evaluated(self, event: Any) -> None:
-        self._print(f"step {event.step}: validation loss {event.validation_loss:.4f}" + (" (best)" if event.best else ""))
-
-    def _on_checkpointsaved(self, event: Any) -> None:
-        if event.step:
-            self._print(f"step {event.step}: checkpoint saved", style="dim")
-
-    def _print(self, text: str, style: str = "") -> None:
-        (self._progress.console if err.is_terminal else err).print(text, style=style)
-
-
-def _groups(groups: tuple[dict[str, Any], ...]) -> Table:
-    table = Table("parameter group", box=None, pad_edge=False)
-    for heading in ("tensors", "parameters", "peak lr", "decay"):
-        table.add_column(heading, justify="right")
-    for group in groups:
-        table.add_row(
-            escape(group["name"]),
-            str(group["tensors"]),
-            f"{group['parameters']:,}",
-            f"{group['learning_rate']:.2e}",
-            f"{group['weight_decay']:g}",
-        )
-    return table
 
 
 @contextmanager
@@ -248,6 +181,8 @@ def _change(figure: Any, systems: tuple[str, ...]) -> Text:
 def show_results(results: Any) -> None:
     """The table, what it means, then the questions."""
     out.print(results_table(results))
+    for note in results.notes:
+        out.print(Text(note, style="dim"))
     if sentence := results.headline:
         out.print()
         out.print(sentence)

@@ -253,7 +253,7 @@ class Train(Section):
     epochs: Count = 1
     """Passes over the training data."""
     max_steps: Count | None = None
-    """Stop after this many optimizer steps, whatever `epochs` says."""
+    """Stop after at most this many optimizer steps; the run ends with its last epoch where that comes first."""
     batch_size: Count = 32
     """Examples per optimizer step over ALL devices. The gradient depends on this, never on how it is cut up."""
     tokens_per_device: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"

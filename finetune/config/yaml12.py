@@ -198,21 +198,29 @@ class _Composer:
 _SYNTAX = (
     (r"'\\t'", "a tab stands where YAML wants spaces", "indent with spaces"),
     (r"special characters", "a control character", "remove it; the file must be plain text"),
+    (r"but found '[\]},]'", "a bracket or comma that belongs to nothing", "remove it, or put the value into quotation marks"),
     (
         r"mapping values are not allowed",
         "a `:` that YAML cannot place",
-        "indent keys of one section alike, and quote text that contains `: `",
+        "write one key a line, indent keys of one section alike, and quote text that contains `: `",
     ),
     (
         r"expected <block end>",
         "this line does not line up with the ones before it",
         "indent the keys of one section by the same number of spaces",
     ),
+    (r"<document start>", "the lines above already are a whole value", "write one key a line, without { } or [ ] around all of them"),
     (r"expected ',' or '[\]}]'", "a bracket is not closed, or a comma is missing", "close every [ and {, with commas between the entries"),
     (r"could not find expected ':'", "a key without `:`", "write `key: value`, with a space after the colon"),
+    (r"escape", 'a `\\` that YAML does not know in a text in " "', "write `\\\\`, or use single quotation marks"),
     (r"quoted scalar|end of stream", "a quotation mark is not closed", "close the quotation mark"),
-    (r"'[@`%|>*&!]'", "a value starts with a character that YAML reserves", "put the value into quotation marks"),
+    (r"sequence entries", "a list begins in the middle of a line", "put each `- ` on a line of its own, or write `[a, b]`"),
+    (r"chomping or indentation", "text follows `|` or `>`", "begin the text on the next line, or put it into quotation marks"),
+    (r"directive", "a line begins with `%`", "remove it, or put the value into quotation marks"),
+    (r"'[@`%|>*&!]'|an (alias|anchor)", "a value starts with a character that YAML reserves", "put the value into quotation marks"),
 )
+_ON_ONE_LINE = ("two values on one line", "write one key a line; entries between { } or [ ] are divided by commas")
+_UNKNOWN_FIX = "write `key: value`, one key a line, and put text with special characters into quotation marks"
 
 
 def _syntax_problem(error: yaml.YAMLError, text: str, document: Document, offset: int) -> Problem:
@@ -225,7 +233,15 @@ def _syntax_problem(error: yaml.YAMLError, text: str, document: Document, offset
         place = Place(document, before.count("\n") + 1, len(before) - before.rfind("\n") + offset)
     message = str(getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable")
     context = str(getattr(error, "context", None) or "")
+    if mark is not None and _follows_a_value(message, text, mark):
+        return Problem(f"not valid YAML: {_ON_ONE_LINE[0]}", str(place), _ON_ONE_LINE[1], place.excerpt())
     for pattern, what, fix in _SYNTAX:
         if re.search(pattern, message) or re.search(pattern, context):
             return Problem(f"not valid YAML: {what}", str(place), fix, place.excerpt())
-    return Problem(f"not valid YAML: {message}", str(place), "", place.excerpt())
+    return Problem(f"not valid YAML: {message}", str(place), _UNKNOWN_FIX, place.excerpt())
+
+
+def _follows_a_value(message: str, text: str, mark: yaml.Mark) -> bool:
+    """Whether something new begins where a value of the same line has just ended."""
+    begins = re.search(r"expected (<block end>|'<document start>'), but found (?!'[\]}]')", message)
+    return bool(begins and text.splitlines()[mark.line][: mark.column].strip(" -"))

@@ -56,6 +56,7 @@ def test_layers_and_a_plot_of_two_runs(finetune: Callable[..., Any], runs: tuple
     assert "phi(1)" in done.out
     assert "chance(4)" in done.out
     assert all(len(line) <= 80 for line in done.out.splitlines() if str(runs[0].parent) not in line)
+    assert "began with the same A" not in done.err  # they differ in their seed
     assert f"drawn in {tmp_path / 'plot.svg'}" in done.err
     drawn = ElementTree.parse(tmp_path / "plot.svg")
     titles = {element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")}

@@ -64,7 +64,7 @@ def test_json_leaves_stdout_to_json(finetune: Run, write_config: Callable[..., P
     done = finetune("train", config, "--json")
     assert json.loads(done.out) == {"run": str(tmp_path / "run")}
     counted = json.loads(finetune("data", "stats", config, "--json").out)
-    assert counted["counts"]["rows read"] == 24
+    assert counted["counts"]["rows_read"] == 24
     assert counted["train"]["examples"] + counted["validation"]["examples"] == 24
 
 

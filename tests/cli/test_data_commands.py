@@ -14,7 +14,9 @@ import pytest
 from rich.console import Console
 
 from finetune.cli import view
-from finetune.cli.preview import Stretch, marked, visible
+from finetune.cli.preview import Stretch, has_marks, marked, visible
+from finetune.cli.training_view import TrainingView
+from finetune.config.load import load_config
 from finetune.errors import DataError
 from finetune.training.metrics import Preparing
 
@@ -130,6 +132,14 @@ def test_stats_say_what_was_found(finetune: Run, messy: Path) -> None:
     assert "padding:" in done.out
 
 
+def test_plain_text_needs_no_more_tokens(call: Run, write_config: Write, chat_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("A sentence about things. " * 100)
+    sources = [{"source": str(chat_file)}, {"source": str(tmp_path / "book.txt")}]
+    text = call("data", "stats", write_config(data={"train": sources, "max_tokens": 256})).out
+    assert re.search(r"the longest conversation has \d+ tokens", text), text
+    assert "plain text is cut into blocks of max_tokens anyway, the longest block has 256" in " ".join(text.split())
+
+
 def test_stats_in_json_are_the_report(call: Run, messy: Path) -> None:
     found = json.loads(call("data", "stats", messy, "--json").out)
     (source,) = found["sources"]
@@ -139,6 +149,9 @@ def test_stats_in_json_are_the_report(call: Run, messy: Path) -> None:
     assert 0.0 <= found["fit"]["padding"] < 1.0
     assert {finding["name"]: finding["count"] for finding in found["findings"]}["duplicate rows"] == 1
     assert re.fullmatch("[0-9a-f]{64}", found["fingerprint"])
+    names = [*found, *found["counts"], *found["fit"], *found["dropped"]]
+    assert all(re.fullmatch("[a-z][a-z0-9_]*", name) for name in names), names
+    assert found["counts"]["rows_read"] == 16
 
 
 def test_bad_data_leaves_stdout_empty(finetune: Run, call: Run, messy: Path) -> None:
@@ -165,6 +178,10 @@ def test_a_terminal_shows_no_marks_but_colour(messy: Path, tmp_path: Path, termi
 def test_without_colour_loss_is_marked() -> None:
     parts = [Stretch("asked", False), Stretch("told\x07", True)]
     assert marked(parts, colour=False).plain == "asked[[told␇]]"
+    brackets = [Stretch("a[[0]", False), Stretch("]b [1]]", True)]
+    assert marked(brackets, colour=False).plain == "a\\[\\[0\\][[\\]b [1\\]\\]]]"
+    assert has_marks(brackets)
+    assert not has_marks(parts)
     coloured = marked(parts, colour=True)
     assert coloured.plain == "askedtold␇"
     assert [str(span.style) for span in coloured.spans] == ["dim", "green"]
@@ -186,9 +203,9 @@ def test_preparation_shows_a_bar_in_a_terminal_only(monkeypatch: pytest.MonkeyPa
     assert ("preparing data: comparing rows" in shown) == is_terminal
 
 
-def test_training_takes_the_bar_down_when_preparation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_takes_the_bar_down_when_preparation_fails(monkeypatch: pytest.MonkeyPatch, write_config: Write) -> None:
     monkeypatch.setattr(view, "err", Console(file=io.StringIO(), force_terminal=True, width=80))
-    watching = view.TrainingView()
+    watching = TrainingView(load_config(write_config()).config)
     with suppress(DataError), watching.running():
         watching(Preparing("reading", 1, 2))
         assert watching._preparation._progress.live.is_started

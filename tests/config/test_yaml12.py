@@ -9,6 +9,7 @@ import pytest
 
 from finetune.config.tree import Document, Place
 from finetune.config.yaml12 import compose
+from finetune.errors import ConfigError
 
 
 @pytest.fixture
@@ -97,3 +98,28 @@ def test_the_caret_of_a_long_line_is_visible(column: int):
     text, caret = place.excerpt().splitlines()
     assert len(text) <= 76
     assert text[caret.index("^")] == line[column - 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "fix"),
+    [
+        ("{a: 1} {b: 2}", "two values on one line", "one key a line"),
+        ("{a: 1}\nb: 2", "already are a whole value", "one key a line"),
+        ("a: {b: 1} c: 2", "two values on one line", "one key a line"),
+        ("a: {b: 1}, c: 2", "two values on one line", "one key a line"),
+        ("a: 1 b: 2", "`:` that YAML cannot place", "one key a line"),
+        ("a: {b: 1}}", "belongs to nothing", "remove it"),
+        ("a: - b", "a list begins in the middle", "line of its own"),
+        ("a: *", "YAML reserves", "quotation marks"),
+        ("a: |5x\n b", "text follows", "next line"),
+        ("%YAML 9\na: 1", "begins with `%`", "remove it"),
+        ('a: "\\q"', "that YAML does not know", "single quotation marks"),
+        ("... x", "not valid YAML", "one key a line"),
+    ],
+)
+def test_syntax_errors_say_how_to_mend_them(read: Any, text: str, what: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(text)
+    (problem,) = error.value.problems
+    assert what in problem.what
+    assert fix in problem.fix

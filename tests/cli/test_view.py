@@ -1,0 +1,73 @@
+"""What is printed: errors, notes with paths, next steps."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from finetune.cli import view
+from finetune.cli.next_steps import next_steps
+from finetune.config.schema import Full, Houlsby, Lora, Prefix, Prompt, Tuning
+from finetune.errors import ConfigError, DataError, FinetuneError, Problem, RunInterruptedError
+from finetune.runs import RunDirectory
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What goes to stderr, a terminal of 60 columns."""
+    stream = io.StringIO()
+    monkeypatch.setattr(view, "err", Console(file=stream, width=60))
+    return stream
+
+
+def test_one_mistake_in_many_rows_is_told_once_in_order(printed: io.StringIO) -> None:
+    same = [Problem("the answer is empty", f"data.csv:{row}", "fill it in", f"row {row}") for row in range(2, 14)]
+    other = Problem("no role", "data.csv:3", "add one")
+    view.show_error(DataError.from_problems([same[0], other, *same[1:]]))
+    assert printed.getvalue().splitlines() == [
+        "error: the answer is empty",
+        "  where: 12 rows, first data.csv:2, data.csv:3, data.csv:4",
+        "    row 2",
+        "  fix:   fill it in",
+        "error: no role",
+        "  where: data.csv:3",
+        "  fix:   add one",
+    ]
+
+
+def test_few_places_are_all_named(printed: io.StringIO) -> None:
+    view.show_error(ConfigError.from_problems([Problem("too large", "a.yaml:1"), Problem("too large", "a.yaml:2")]))
+    assert printed.getvalue() == "error: too large\n  where: 2 places, a.yaml:1, a.yaml:2\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "label"), [(FinetuneError("x"), "error: x"), (RunInterruptedError("interrupted", signal_number=15), "stopped: interrupted")]
+)
+def test_an_interruption_is_no_error(printed: io.StringIO, error: FinetuneError, label: str) -> None:
+    view.show_error(error)
+    assert printed.getvalue().splitlines()[0] == label
+
+
+def test_a_path_is_never_broken(printed: io.StringIO) -> None:
+    view.path(f"drawn in /{'folder/' * 20}plot.svg")
+    assert printed.getvalue() == f"drawn in /{'folder/' * 20}plot.svg\n"
+
+
+@pytest.mark.parametrize(
+    ("tuning", "said", "merges"),
+    [
+        (Lora(method="lora"), "finetune merge runs/x -O DIR", True),
+        (Full(method="full"), "the whole model lies in runs/x/model", False),
+        (Prompt(method="prompt"), "load runs/x/adapter with peft.PeftModel", False),
+        (Prefix(method="prefix"), "load runs/x/adapter with peft.PeftModel", False),
+        (Houlsby(method="houlsby"), "load runs/x/adapter with finetune.model.adapters.load", False),
+    ],
+)
+def test_only_what_is_possible_comes_next(tuning: Tuning, said: str, merges: bool) -> None:
+    line = next_steps(RunDirectory(Path("runs/x")), tuning)
+    assert line.startswith("next: finetune eval runs/x; ")
+    assert said in line
+    assert ("finetune merge" in line) == merges
