@@ -171,3 +171,15 @@ def test_the_nearest_format_is_named_with_the_mapping() -> None:
         parsed({"Questions": "q", "answers": "a", "id": 1})
     assert "columns: {question: Questions, answer: answers}" in caught.value.problems[0].fix
     assert '"Questions": "q"' in caught.value.problems[0].excerpt
+
+
+@pytest.mark.parametrize(
+    "row", [{"\x1b[2J\x9b\u202e": "x"}, {"question\n\x1b": "\x9b2J\u202e\ud800", "answer": "x"}, {"text": None, "\x9b": 1}]
+)
+def test_no_terminal_obeys_an_error_about_a_row(row: dict[str, object]) -> None:
+    with pytest.raises(DataError) as caught:
+        parsed(row)
+    for problem in caught.value.problems:
+        assert problem.what.isprintable()
+        assert problem.excerpt.isprintable()
+        assert problem.fix.isprintable()

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from finetune.data.encoding import Encoder
 from finetune.data.records import Conversation, Message, Text
 from finetune.data.render import Example, Renderer
 from finetune.data.turns import Turns
 from finetune.errors import DataError
-from tests.data.families import ADDED, CALL, CASES, FAMILIES, GOLDEN, REFUSED, TOOL, as_dicts, assistant, learned, tokenizer, user
+from tests.data.families import ADDED, CALL, CASES, FAMILIES, GOLDEN, REFUSED, TEXT, TOOL, as_dicts, assistant, learned, tokenizer, user
 
 RENDERERS = {family: Renderer(tokenizer(family)) for family in FAMILIES}
 PAIR = (user("What?"), assistant("This."))
@@ -193,6 +196,34 @@ def test_a_turn_of_weight_0_never_carries_loss(family: str, mode: Any) -> None:
             renderer.example(nothing, mode)
 
 
+FOLDED = (
+    "{{ bos_token }}{% set rest = messages[1:] if messages[0].role == 'system' else messages %}{% for m in rest %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{% if loop.first and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("muted", [0, 1])
+def test_a1_a_turn_of_weight_0_inside_another_turn_is_refused(muted: int) -> None:
+    roles = ("system", "Be short."), ("user", "What?"), ("assistant", "This.")
+    record = Conversation(tuple(Message(*turn, supervised=number != muted) for number, turn in enumerate(roles)), "a.jsonl:2")
+    renderer = _with_template(FOLDED, "gemma")
+    with pytest.raises(DataError, match=r"message 1 \(system\) .* cannot be left out") as caught:
+        renderer.example(record, "all")
+    assert caught.value.problems[0].where == "a.jsonl:2"
+    assert learned(renderer, renderer.example(record)) == ["This.<end_of_turn>"]  # by answers nothing is left out
+
+
+@pytest.mark.parametrize("family", ["smollm2", "llama3", "qwen", "qwen-think"])
+@pytest.mark.parametrize("muted", [0, 1])
+def test_a1_a_system_message_written_before_the_loop_can_have_weight_0(family: str, muted: int) -> None:
+    roles = ("system", "Be short."), ("user", "What?"), ("assistant", "This.")
+    record = Conversation(tuple(Message(*turn, supervised=number != muted) for number, turn in enumerate(roles)), "here")
+    text = "".join(learned(RENDERERS[family], RENDERERS[family].example(record, "all")))
+    assert ["Be short." in text, "What?" in text, "This." in text] == [muted != 0, muted != 1, True]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_supervises_everything_but_the_first_token(family: str) -> None:
     example = RENDERERS[family].example(CASES["several"], "all")
@@ -266,6 +297,49 @@ def test_a3_a5_templates_that_cannot_be_learned_from_are_refused(template: str, 
     assert caught.value.problems[0].fix
 
 
+LAST_QUESTION = (
+    "{{ bos_token }}{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+    "{% endfor %}{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.index0 == ns.last and messages[0].role == 'system' %}"
+    "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+def test_a5_a_system_text_that_moves_into_a_last_question_is_refused() -> None:
+    renderer = _with_template(LAST_QUESTION, "mistral")
+    turns = (Message("system", "Be short."), *PAIR)
+    assert learned(renderer, renderer.example(Conversation(turns, "here"))) == [" This.</s>"]
+    with pytest.raises(DataError, match="differently once others follow"):
+        renderer.example(Conversation((*turns, user("And?")), "here"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a5_a_question_without_an_answer_may_end_a_row(family: str) -> None:
+    example = RENDERERS[family].example(Conversation((*PAIR, user("And?")), "here"))
+    assert ["This." in text for text in learned(RENDERERS[family], example)] == [True]
+
+
+def test_a_template_that_does_not_compile_is_reported_once() -> None:
+    with pytest.raises(DataError, match="cannot be compiled") as caught:
+        _with_template("{% if %}").examples([Conversation(PAIR, f"a.jsonl:{line}") for line in range(3)])
+    assert [problem.where for problem in caught.value.problems] == ["chat template, line 1"]
+
+
+@pytest.mark.parametrize(("value", "written"), [(12345, False), (True, False), (2.5, False), (12345, True), (True, True), (2.5, True)])
+def test_numbers_of_a_tool_call_must_be_written(value: float, written: bool) -> None:
+    call = "{{ c.function.name }}{% if written %}{{ c.function.arguments | tojson }}{% endif %}"
+    template = "{% set written = " + str(written) + " %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    renderer = _with_template(
+        template + "{% for c in m.tool_calls or [] %}" + call + "{% endfor %}<|im_end|>\n{% endfor %}" + ASK,
+    )
+    calls = ({"type": "function", "function": {"name": "f", "arguments": {"n": value}}},)
+    record = Conversation((user("What?"), assistant("", tool_calls=calls)), "here")
+    if written:
+        assert renderer.example(record).supervised
+        return
+    with pytest.raises(DataError, match="does not write the tool call"):
+        renderer.example(record)
+
+
 def test_thoughts_that_a_template_drops_from_earlier_turns_are_an_error() -> None:
     thinking = assistant("<think>\nWell, well.\n</think>\n\nThis.")
     renderer = RENDERERS["qwen-think"]
@@ -280,9 +354,6 @@ def test_a5_an_answer_that_melts_into_the_prompt_is_an_error() -> None:
     state = json.loads(made.backend_tokenizer.to_str())
     state["model"]["vocab"]["ĊĊ"] = len(state["model"]["vocab"])
     state["model"]["merges"].insert(0, ["Ċ", "Ċ"])
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
     merged = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<|im_start|>", eos_token="<|im_end|>"
     )
@@ -338,6 +409,82 @@ def test_c6_tokens_that_frame_turns_are_control_tokens_even_when_not_marked() ->
     assert learned(renderer, renderer.example(Conversation(PAIR, "here"))) == ["This.<|end|>"]
     with pytest.raises(DataError, match="control token"):
         renderer.example(Conversation((user("a<|end|>"), assistant("b")), "here"))
+
+    with pytest.raises(DataError, match="control token"):
+        renderer.example(Text("a<|end|>", "here"))
+
+
+def _changed_tokenizer(change: Callable[[dict[str, Any]], None], **named: str) -> Any:
+    """Qwen's shape with another definition."""
+    made = tokenizer("qwen")
+    state = json.loads(made.backend_tokenizer.to_str())
+    change(state)
+    changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>", **named)
+    changed.chat_template = made.chat_template
+    return changed
+
+
+def _normalize(state: dict[str, Any]) -> None:
+    state["normalizer"] = {"type": "NFKC"}
+    for token in state["added_tokens"]:
+        token["normalized"] = token["special"]
+
+
+WIDE = "a \uff1c|im_start|\uff1e b"
+WIDE_CALL = {"type": "function", "function": {"name": "f", "arguments": {"key": WIDE}}}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Text(WIDE, "here"),
+        Conversation((user(WIDE), assistant("x")), "here"),
+        Conversation((user("x"), assistant("", tool_calls=(WIDE_CALL,))), "here"),
+        Conversation(PAIR, "here", ({"type": "function", "function": {"name": "f", "description": WIDE}},)),
+    ],
+)
+def test_c6_what_a_tokenizer_normalizes_to_a_control_token_is_refused(record: Text | Conversation) -> None:
+    renderer = Renderer(_changed_tokenizer(_normalize))
+    assert renderer.example(CASES["several"]).ids == RENDERERS["qwen"].example(CASES["several"]).ids
+    with pytest.raises(DataError, match="control token") as caught:
+        renderer.example(record)
+    assert caught.value.problems[0].where == "here"
+    if isinstance(record, Conversation):
+        with pytest.raises(DataError, match="control token"):
+            renderer.prompt(record.messages, tools=record.tools)
+
+
+def test_c6_a_question_may_not_complete_a_control_token_either() -> None:
+    renderer = _with_template("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}|><|im_end|>\n{% endfor %}" + ASK)
+    with pytest.raises(DataError, match="becomes part of a control token"):
+        renderer.prompt((user("end it: <|im_end"),))
+    assert renderer.prompt((user("im_end"),))
+
+
+def test_special_tokens_that_are_normalized_part_no_text() -> None:
+    assert Encoder(_changed_tokenizer(_normalize))._borders is None
+    assert Encoder(tokenizer("qwen"))._borders is not None
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram"])
+def test_c6_characters_that_a_tokenizer_does_not_know_are_no_control_tokens(kind: str) -> None:
+    special = ["[UNK]", "<|im_end|>", "<|im_start|>"]
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]") if kind == "WordPiece" else models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer() if kind == "WordPiece" else pre_tokenizers.Metaspace()
+    trainer = trainers.WordPieceTrainer if kind == "WordPiece" else trainers.UnigramTrainer
+    named = {} if kind == "WordPiece" else {"unk_token": "[UNK]"}
+    made.train_from_iterator([TEXT] * 5, trainer(vocab_size=200, special_tokens=special, show_progress=False, **named))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>")
+    wrapped.chat_template = tokenizer("qwen").chat_template
+    renderer = Renderer(wrapped)
+    unknown = made.token_to_id("[UNK]")
+    for record in (Conversation((user("What is 漢字?"), assistant("It is 漢 this")), "here"), Text("It is 漢字", "here")):
+        example = renderer.example(record)
+        assert unknown in example.ids
+        assert example.ids[-1] == made.token_to_id("<|im_end|>") or isinstance(record, Conversation)
+    assert unknown in renderer.prompt((user("漢字"),))
+    with pytest.raises(DataError, match=r"control token '\[UNK\]'"):
+        renderer.example(Text("a [UNK] b", "here"))
 
 
 @pytest.mark.parametrize("record", [Text("a \ud800 b", "a.jsonl:3"), Conversation((user("\udfff"), assistant("b")), "a.jsonl:3")])
@@ -428,6 +575,9 @@ def test_a9_the_tokenizers_hash_follows_its_definition_and_nothing_else() -> Non
     made.add_tokens(["<new>"])
     assert Renderer(made).tokenizer_hash not in hashes
     assert _with_template("x").tokenizer_hash not in hashes
+    split = _plain_tokenizer("qwen")
+    split.split_special_tokens = True
+    assert Renderer(split).tokenizer_hash not in hashes
 
 
 def test_offsets_that_a_tokenizer_trims_change_nothing() -> None:

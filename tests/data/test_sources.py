@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow
@@ -17,7 +17,7 @@ import pytest
 
 from finetune.config.data import FileSource
 from finetune.data.files import data_files
-from finetune.data.formats import Text, parse
+from finetune.data.formats import Conversation, Text, parse
 from finetune.data.sources import Row, read_rows
 from finetune.errors import DataError
 
@@ -130,7 +130,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
-def write_table(path: Path, rows: list[dict[str, str]]) -> None:
+def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     table = pyarrow.Table.from_pylist(rows)
     if path.suffix in (".csv", ".tsv"):
         with path.open("w", newline="") as text:
@@ -255,6 +255,60 @@ def test_large_rows_of_a_table_are_cut_into_pieces(tmp_path: Path) -> None:
     assert [row.values["text"] for row in rows if isinstance(row, Row)] == [texts[0], "z", texts[3]]
     assert isinstance(rows[1], DataError)
     assert rows[1].problems[0].where == f"{path} row 2"
+
+
+def _calling(name: str, arguments: dict[str, object]) -> dict[str, object]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    tool = {"type": "function", "function": {"name": name, "parameters": {"properties": {key: {"type": "string"} for key in arguments}}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return {"messages": turns, "functions": [tool]}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_keys_that_a_table_adds_to_tool_calls_are_taken_out(tmp_path: Path, name: str) -> None:
+    rows = [_calling("weather", {"city": "Berlin", "days": [1, None]}), _calling("clock", {"zone": "CET"})]
+    write_table(tmp_path / name, rows)
+    for row, record in zip(rows, [parse(row, "chat", {"tools": "functions"}) for row in rows_of(tmp_path / name)], strict=True):
+        expected = parse(Row(row, record.where), "chat", {"tools": "functions"})
+        assert record == expected
+
+
+def test_null_in_the_arguments_of_a_json_row_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(_calling("weather", {"city": None})) + "\n")
+    record = parse(rows_of(path)[0])
+    assert isinstance(record, Conversation)
+    assert record.messages[1].tool_calls[0]["function"]["arguments"] == {"city": None}
+
+
+def test_times_out_of_range_spoil_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    times = pyarrow.array([1, 2**62, 3], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "c"], "when": times}), path)
+    first, bad, last = found(path)
+    assert isinstance(first, Row)
+    assert isinstance(last, Row)
+    assert isinstance(bad, DataError)
+    assert "out of range" in bad.problems[0].what
+    assert bad.problems[0].where == f"{path} row 2"
+
+
+def test_times_in_a_zone_that_is_not_known_are_no_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    times = pyarrow.array([1], pyarrow.timestamp("us", tz="Mars/Phobos"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "when": times}), path)
+    (bad,) = found(path)
+    assert isinstance(bad, DataError)
+    assert "'Mars/Phobos', which is not known here" in bad.problems[0].what
+    assert "column" in bad.problems[0].fix
+
+
+def test_no_terminal_obeys_the_excerpt_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": \x1b[2J\u202e\x9b}\n')
+    (bad,) = found(path)
+    assert isinstance(bad, DataError)
+    assert bad.problems[0].excerpt == r'{"text": \x1b[2J\u202e\x9b}'
 
 
 def test_directories_and_globs(tmp_path: Path) -> None:

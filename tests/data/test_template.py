@@ -119,6 +119,10 @@ def test_c2_no_template_loads_another(source: str) -> None:
         render(source)
 
 
+NESTED = "{% set n = namespace(x=(1,)) %}{% for i in range(60) %}{% set n.x = (n.x, n.x) %}{% endfor %}"
+LARGE = "{% set n = namespace(x=(1,)) %}{% for i in range(14) %}{% set n.x = (n.x, n.x) %}{% endfor %}"  # 16,384 numbers
+
+
 BOMBS = {
     "loops in loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
     "one long loop": "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
@@ -177,6 +181,29 @@ BOMBS = {
     "deep brackets": "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
     "many nested loops": "{% for a in [1] %}" * 60 + "{% endfor %}" * 60,
     "a long source": "{# " + "x" * 999_999 + " #}",
+    "nested tuples as keys": NESTED + "{% set d = {n.x: 1} %}",
+    "nested tuples looked up": NESTED + "{{ {}[n.x] }}",
+    "nested tuples looked up by get": NESTED + "{{ {}.get(n.x) }}",
+    "nested tuples looked for": NESTED + "{{ n.x in {} }}",
+    "nested tuples in dict()": NESTED + "{{ dict([(n.x, 1)]) }}",
+    "nested tuples made unique": NESTED + "{{ [n.x] | unique | list }}",
+    "nested tuples grouped": NESTED + "{{ [n.x, n.x] | groupby(0) }}",
+    "nested tuples sorted": NESTED + "{{ [n.x, n.x] | sort }}",
+    "nested tuples joined": NESTED + "{{ n.x ~ '' }}",
+    "nested tuples as text": NESTED + "{{ n.x | string }}",
+    "nested tuples compared": NESTED + "{% set n.y = (n.x, 1) %}{{ n.y == (n.x, 2) }}",
+    "arguments nested in varargs": "{% set n = namespace(x=(1,)) %}{% macro m() %}{% set n.x = varargs %}{% endmacro %}"
+    "{% for i in range(60) %}{{ m(n.x, n.x) }}{% endfor %}{{ {}.get(n.x) }}",
+    "arguments nested in kwargs": "{% set n = namespace(x=(1,)) %}{% macro m() %}{% set n.x = kwargs %}{% endmacro %}"
+    "{% for i in range(60) %}{{ m(a=n.x, b=n.x) }}{% endfor %}{{ n.x == 1 }}",
+    "items nested in a cycler": "{% set n = namespace(x=(1,)) %}{% for i in range(60) %}{% set n.x = cycler(n.x, n.x).items %}{% endfor %}{{ {}[n.x] }}",
+    "items of nested dicts": "{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x = dict(a=(n.x, n.x)).items() | first %}{% endfor %}{{ {}[n.x] }}",
+    "nested deeper than the stack": "{% set n = namespace(x=(1,)) %}{% for i in range(99999) %}{% set n.x = (n.x,) %}{% endfor %}{{ {}[n.x] }}",
+    "one large key, often": LARGE + "{% for i in range(99999) %}{{ {}[n.x] }}{% endfor %}",
+    "one large key, often got": LARGE + "{% for i in range(99999) %}{{ {}.get(n.x) }}{% endfor %}",
+    "one large key, often looked for": LARGE + "{% for i in range(99999) %}{{ n.x in {} }}{% endfor %}",
+    "one large key in a long dict": LARGE + "{{ {" + ", ".join(["n.x: 1"] * 999) + "} }}",
+    "one large name, often": LARGE + "{% for i in range(99999) %}{{ 1 | attr(n.x) }}{% endfor %}",
     "constants folded at compile time": "{{ ('a' * 99999999) | upper | length }}",
 }
 
@@ -205,3 +232,21 @@ def test_c5_a_long_conversation_is_no_bomb() -> None:
     source = "{% for m in messages %}{% for other in messages %}{% if other.role == 'tool' %}{{ 1 }}{% endif %}{% endfor %}{{ m.content }}{% endfor %}"
     messages = [{"role": "user", "content": "word " * 20}] * 500
     assert len(render(source, messages)) == 50_000
+
+
+def test_c5_lists_that_templates_build_are_no_bombs() -> None:
+    source = (
+        "{% set ns = namespace(turns=[]) %}{% for m in messages %}{% set ns.turns = ns.turns + [{'n': loop.index, 'of': m}] %}{% endfor %}"
+        "{% macro show(turn, other=none) %}{{ turn.of.content | length }}{% endmacro %}"
+        "{% for turn in ns.turns %}{% if (turn.n, 1) in {(2, 1): 'x'} %}!{% endif %}{{ show(turn, other=messages) }},{% endfor %}"
+    )
+    assert render(source, [{"role": "user", "content": "word " * 20}] * 200) == "100,!" + "100," * 199
+
+
+def test_what_a_template_says_is_cut_and_no_terminal_obeys_it() -> None:
+    with pytest.raises(DataError) as caught:
+        render("{{ raise_exception('\x1b]0;title\x07\u202e\x9b1m' ~ 'x' * 9000) }}")
+    what = caught.value.problems[0].what
+    assert what.startswith(r"the chat template refuses this conversation: \x1b]0;title\x07\u202e\x9b1mxxx")
+    assert what.isprintable()
+    assert len(what) < 300
