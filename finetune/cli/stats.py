@@ -110,7 +110,7 @@ def _changes(report: DataReport) -> Iterator[str]:
 def _findings(report: DataReport, width: int) -> Iterator[str]:
     for source in report.sources:
         if source.unused:
-            told = ", ".join(f"{visible(name)} ({count:,} rows)" for name, count in source.unused.items())
+            told = ", ".join(f"{visible(name)} ({count:,} row{'s' * (count > 1)})" for name, count in source.unused.items())
             yield "  " + view.wrapped(f"columns not used in {_name(source)}: {told}", _ADVICE_INDENT, width)
     for finding in report.findings:
         yield f"  {finding.count:,} {finding.name}"

@@ -42,6 +42,7 @@ _NAMES: dict[Flag, tuple[str, str]] = {
 }
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_ASCII_CONTROLS = bytes(number for number in range(128) if _CONTROL.match(chr(number)))
 # UTF-8 read as Windows-1252 or Latin-1: the lead byte of a character, then one or more that continue it. What fits is judged by ftfy,
 # which takes 0.1 ms for a row and would else read every accent in the world.
 _CONTINUATION = "\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122"
@@ -63,6 +64,14 @@ def text_flags(text: str) -> int:
     if any(is_bad(text[max(0, found.start() - 40) : found.end() + 40]) for found in _TWO_BYTES.finditer(text)):
         flags |= Flag.MOJIBAKE
     return int(flags)
+
+
+def texts_flags(records: Sequence[Record | None]) -> Flags:
+    """`text_flags` of each record; 0 for None."""
+    together = "\n".join([content(record) for record in records if record is not None])
+    if together.isascii() and len(together.encode().translate(None, _ASCII_CONTROLS)) == len(together):  # nearly always in English
+        return np.zeros(len(records), np.uint8)
+    return np.array([0 if record is None else text_flags(content(record)) for record in records], np.uint8)
 
 
 def token_flags(flat: Flat) -> Flags:

@@ -102,7 +102,7 @@ class Flat:
         offsets = np.zeros(len(examples) + 1, np.int32)  # a batch or a validation set: far under 2**31 tokens
         np.cumsum([len(example.ids) for example in examples], out=offsets[1:])
         ids = np.fromiter(chain.from_iterable([example.ids for example in examples]), np.int32, int(offsets[-1]))
-        mask = np.fromiter(chain.from_iterable([example.mask for example in examples]), np.bool_, int(offsets[-1]))
+        mask = np.frombuffer(b"".join([bytes(example.mask) for example in examples]), np.bool_)
         return cls(ids, mask, offsets)
 
     def supervised(self) -> Ints:

@@ -10,6 +10,7 @@ is a word.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -46,8 +47,8 @@ def signatures(records: Sequence[Record]) -> Signatures:
     words = [list(map(crc32, _words(_text(record).lower()))) for record in records]
     hashes, offsets = _shingles(words)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, PERMUTATIONS, _SEED)
-    numbers = np.fromiter(chain.from_iterable(matrix.to_rows()), np.uint32, len(records) * PERMUTATIONS)
-    return numbers.reshape(len(records), PERMUTATIONS)
+    numbers = b"".join([array("I", row) for row in matrix.to_rows()])  # half the time of `np.fromiter`
+    return np.frombuffer(numbers, np.uint32).reshape(len(records), PERMUTATIONS)
 
 
 def _text(record: Record) -> str:

@@ -7,7 +7,8 @@ so that every token of the document but its first is supervised exactly once, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from finetune.config.data import Data
 from finetune.data.records import Conversation, Message, Record, Text
@@ -15,8 +16,7 @@ from finetune.data.render import Example, Renderer
 from finetune.errors import DataError
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """An example that fits, and the record that it shows (None for the later blocks of a text)."""
 
     example: Example

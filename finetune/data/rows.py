@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice, pairwise
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from finetune.config.data import Data
-from finetune.data.checks import Flags, content, text_flags, token_flags
+from finetune.data.checks import Flags, texts_flags, token_flags
 from finetune.data.examples import Flat, Ints, Rows
 from finetune.data.formats import parse, unused_columns
 from finetune.data.near import Signatures, signatures
@@ -169,7 +169,6 @@ class Worker:
             digest if each.whole is each.piece.example else _digests(Flat.of([each.whole]))[1][0]
             for each, digest in zip(placed, tokens, strict=True)
         ]
-        texts = [0 if each.piece.record is None else text_flags(content(each.piece.record)) for each in placed]
         index = Index(
             source=np.full(len(placed), source, np.int16),
             row=np.array([each.row for each in placed], np.int64),
@@ -178,15 +177,14 @@ class Worker:
             content=_words(contents),
             tokens=_words(tokens),
             draw=_draws(wholes, self.seed),
-            flags=token_flags(flat) | np.array(texts, np.uint8),
+            flags=token_flags(flat) | texts_flags([each.piece.record for each in placed]),
         )
         compared = None if self.data.near_duplicates == "ignore" else signatures([each.record for each in placed])
         batch = flat.record_batch([each.piece.example.where for each in placed])
         return Worked(source, batch, index, compared, tally, *problems)
 
 
-@dataclass(frozen=True, slots=True)
-class _Placed:
+class _Placed(NamedTuple):
     """A piece, the row it came from, the record that is compared for it, and the row's whole example."""
 
     row: int

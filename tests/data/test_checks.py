@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.data.checks import Flag, findings, text_flags, token_flags
+from finetune.data.checks import Flag, findings, text_flags, texts_flags, token_flags
 from finetune.data.examples import Flat
+from finetune.data.records import Conversation, Message, Text
 from finetune.data.render import Example
 
 
@@ -25,6 +26,14 @@ from finetune.data.render import Example
 )
 def test_damage_to_characters(text: str, flag: int) -> None:
     assert text_flags(text) == flag
+
+
+def test_damage_in_one_row_of_many_is_told_of_that_row() -> None:
+    clean, damaged = Text("plain\ttext\r\n", "a:1"), Conversation((Message("user", "a\x00b"), Message("assistant", "sch\ufffdn")), "a:2")
+    assert texts_flags([clean, None, clean]).tolist() == [0, 0, 0]
+    assert texts_flags([clean, None, damaged]).tolist() == [0, 0, Flag.CONTROL | Flag.REPLACEMENT]
+    assert texts_flags([Text("a\x7fb", "")]).tolist() == [Flag.CONTROL]
+    assert not len(texts_flags([]))
 
 
 def test_answers_by_their_tokens() -> None:
