@@ -24,6 +24,7 @@ _CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     tuning_checks.patterns,
     tuning_checks.targets,
     tuning_checks.adalora,
+    tuning_checks.trainable_types,
     tuning_checks.prefix,
     tuning_checks.new_tokens,
     optimizer_checks.learning_rates,

@@ -57,7 +57,7 @@ def galore(config: Config) -> Iterator[Finding]:
 
 
 def muon(config: Config) -> Iterator[Finding]:
-    """Muon would do nothing where only vectors train."""
+    """Muon would do nothing where only vectors train, or virtual tokens, which are embeddings."""
     if config.optimizer.method == "muon" and not facts(config.tuning).matrices:
         yield Finding(
             f"`optimizer.method: muon` orthogonalizes updates of matrices, and `tuning.method: {config.tuning.method}` trains vectors only",

@@ -11,6 +11,7 @@ from finetune.config.methods import INITS_OF_PLAIN_BASES, facts, targets_of
 from finetune.config.schema import (
     AdaLora,
     Config,
+    EightBit,
     Full,
     Lora,
     NoQuantization,
@@ -19,6 +20,7 @@ from finetune.config.schema import (
     PissaInit,
     Prefix,
     RegexTargets,
+    SpectrumTargets,
     Tuning,
 )
 from finetune.config.tree import KeyPath
@@ -107,6 +109,27 @@ def adalora(config: Config) -> Iterator[Finding]:
         what = f"no step is left for pruning: `warmup_ratio` and `final_ratio` sum to {tuning.warmup_ratio + tuning.final_ratio:g}"
         fix = "lower one of them: 0.1 and 0.3 are usual"
         yield Finding(what, fix, ("tuning", "final_ratio"), ("tuning", "warmup_ratio"))
+
+
+def trainable_types(config: Config) -> Iterator[Finding]:
+    """Trainable weights in bf16 whose method needs bf16 products."""
+    if config.train.precision == "fp32" and (why := needs_bf16(config)):
+        fix = "set `trainable_dtype: fp32`, or `precision: bf16`"
+        yield Finding(
+            f"`train.trainable_dtype: bf16` needs `precision: bf16` here: {why}", fix, ("train", "precision"), ("tuning", "method")
+        )
+
+
+def needs_bf16(config: Config) -> str | None:
+    """Why a run with bf16 trainable weights cannot compute in fp32; None where it can. `precision: auto` is known on the device alone."""
+    if config.train.trainable_dtype != "bf16":
+        return None
+    match config.tuning:
+        case Full(targets=SpectrumTargets()):
+            return "the weights that Spectrum chose would be bf16 between fp32 ones, and no product takes both"
+        case AdaLora() if isinstance(config.quantization, EightBit):
+            return "AdaLoRA on an int8 base multiplies its factors by the layer's input, and no product takes both types"
+    return None
 
 
 def prefix(config: Config) -> Iterator[Finding]:

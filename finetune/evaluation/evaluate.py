@@ -13,7 +13,7 @@ from finetune.config.schema import Config, ForgettingTask, Icd10cm, KnowledgeTas
 from finetune.data.render import Example
 from finetune.errors import ConfigError
 from finetune.evaluation import forgetting, knowledge
-from finetune.evaluation.results import RESULTS, Figure, Measurement, Results, Sample, side_by_side
+from finetune.evaluation.results import LOFTQ_BASE, RESULTS, Figure, Measurement, Results, Sample, side_by_side
 from finetune.evaluation.systems import System, base_and_tuned, directory_system
 from finetune.finished import FinishedRun, load_run
 from finetune.runs import RunDirectory, write_json
@@ -48,7 +48,8 @@ def evaluate(run: RunDirectory, config: Config, models: Sequence[Path] = (), pro
         figures += found[0]
         samples += found[1]
     names = tuple(system.name for system in systems)
-    results = Results(str(run.path), names, tuple(figures), tuple(samples), time.perf_counter() - began)
+    notes = (LOFTQ_BASE,) if finished.loftq else ()
+    results = Results(str(run.path), names, tuple(figures), tuple(samples), time.perf_counter() - began, notes)
     run.evaluations.mkdir(exist_ok=True)
     write_json(run.evaluations / RESULTS, results.as_dict())
     return results

@@ -47,6 +47,8 @@ class Results:
     figures: tuple[Figure, ...]
     samples: tuple[Sample, ...]
     seconds: float
+    notes: tuple[str, ...] = ()
+    """What a reader of the figures must know, such as what the base is."""
 
     def as_dict(self) -> dict[str, Any]:
         """For eval/*.json and `--json`."""
@@ -65,6 +67,9 @@ class Results:
         )
 
 
+LOFTQ_BASE = "base: the model before its first step, LoftQ's correction included"
+"""Note on runs that LoftQ started: their base is not the plainly quantized one."""
+
 RESULTS = "results.json"
 """File of the last evaluation, in the run's `eval/`."""
 
@@ -78,7 +83,7 @@ def read_results(run: RunDirectory) -> Results | None:
     try:
         figures = tuple(Figure(**figure) for figure in found["figures"])
         samples = tuple(Sample(**sample) for sample in found["samples"])
-        return Results(found["run"], tuple(found["systems"]), figures, samples, found["seconds"])
+        return Results(found["run"], tuple(found["systems"]), figures, samples, found["seconds"], tuple(found.get("notes", ())))
     except (KeyError, TypeError) as error:
         raise VerificationError(f"the stored results are damaged: {error}", where=str(path), fix="run `finetune eval` again") from error
 

@@ -138,17 +138,23 @@ def _require_destination(destination: Path, source: MergeSource, *, force: bool)
 
 def _reference(model: Any, source: MergeSource, probe: Probe) -> _Reference:
     device = device_of(model)
-    with _computing(model, source.compute_dtype, device):
+    with _computing(model, source, device):
         trained = measure(model, probe, device)
-    with _computing(model, source.compute_dtype, device), before_training(model, source.adapter_dir, loftq=source.loftq):
+    with _computing(model, source, device), before_training(model, source.adapter_dir, loftq=source.loftq):
         loss_base = measure(model, probe, device).loss
     return _Reference(model, device, probe, trained, loss_base)
 
 
-def _computing(model: Any, dtype: torch.dtype, device: str) -> AbstractContextManager[object]:
-    """How ``model`` runs: fp32 copies of whole modules in a bf16 base need the autocast of training; LoRA layers cast for themselves."""
+def _computing(model: Any, source: MergeSource, device: str) -> AbstractContextManager[object]:
+    """How ``model`` runs: in the autocast of training where types are mixed that no product takes both of.
+
+    Those are whole copies of modules in another type than the base, and bf16 factors: most layers of PEFT cast for themselves, and AdaLoRA
+    on int8 casts its input alone. fp32 has no autocast.
+    """
+    dtype = source.compute_dtype
     mixed = any(".modules_to_save." in name and parameter.dtype != dtype for name, parameter in model.named_parameters())
-    return torch.autocast(torch.device(device).type, dtype) if mixed else nullcontext()
+    narrow = dtype != torch.float32 and source.adapter_dtype != torch.float32
+    return torch.autocast(torch.device(device).type, dtype) if mixed or narrow else nullcontext()
 
 
 def _first_accepted(temporary: Path, source: MergeSource, reference: _Reference, options: MergeOptions, destination: Path) -> MergeReport:

@@ -27,7 +27,8 @@ from finetune.model.bottleneck import add_bottlenecks
 from finetune.model.head import accept_wide_inputs
 from finetune.model.methods import Given, Peft, begin, peft_config
 from finetune.model.parts import Own
-from finetune.model.targets import chosen, linear_modules
+from finetune.model.quantize import keep_int8_scales
+from finetune.model.targets import chosen, linear_modules, refuse_fused_experts
 from finetune.model.tied import tie
 
 WEIGHTS = parts.WEIGHTS
@@ -61,6 +62,7 @@ def _unfrozen(model: Any, tuning: Full, given: Given) -> Any:
         return model
     if given.ratios is None:
         raise ValueError("targets by Spectrum need the ratios of the base: pass spectrum.ratios_for(tuning, base_dir)")
+    refuse_fused_experts(model, "spectrum", "use `targets: all`, or `method: lora` with `targets: attention`")
     model.requires_grad_(False)
     for name in chosen({name: given.ratios[name] for name in linear_modules(model)}, tuning.targets.spectrum):
         model.get_submodule(name).weight.requires_grad_(True)
@@ -95,6 +97,7 @@ def _settle(model: Any) -> None:
             vector = next(parameter for name, parameter in model.named_parameters() if ".vera_lambda_" in name)
             projection["default"] = projection["default"].to(vector.dtype)
     accept_wide_inputs(base.get_output_embeddings())
+    keep_int8_scales(base)
     for module in base.modules():
         if isinstance(module, LNTuningLayer | IA3Layer):
             module.register_forward_hook(_as_input)
@@ -241,7 +244,9 @@ def is_adapter(model: torch.nn.Module) -> bool:
 def switched_off(model: Any) -> Iterator[None]:
     """Inside the block ``model`` computes what its base does, whatever its adapter is."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with model.disable_adapter() if isinstance(model, PeftModel) else parts.switched_off(model):
-        yield
-    for parameter, flag in trained:  # PEFT's switches set it as a side effect
-        parameter.requires_grad_(flag)
+    try:
+        with model.disable_adapter() if isinstance(model, PeftModel) else parts.switched_off(model):
+            yield
+    finally:
+        for parameter, flag in trained:  # PEFT's switches set it as a side effect
+            parameter.requires_grad_(flag)

@@ -99,4 +99,5 @@ def _weight(base: Any, dtype: torch.dtype) -> Tensor:
     if isinstance(base, Linear4bit):
         weight: Tensor = dequantize_4bit(base.weight.data, base.weight.quant_state)
         return weight.to(dtype)
-    return base.weight.to(dtype)
+    plain: Tensor = base.weight.to(dtype)
+    return plain

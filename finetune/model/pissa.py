@@ -135,7 +135,8 @@ def save_plain(model: Any, start_dir: Path, directory: Path) -> None:
     back (pitfall B9).
     """
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    # cloned: a copy of tied embeddings is the head's too, and a file holds no tensor twice
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
     modules = _embedding_strengths(model)
     with Corrections(start_dir, MOVED) as corrections:
         for name, layer in lora_layers(model).items():

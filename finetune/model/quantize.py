@@ -70,6 +70,24 @@ def disable_cpu_repacking(model: nn.Module) -> int:
     return len(modules)
 
 
+def keep_int8_scales(model: nn.Module) -> int:
+    """Let 8-bit linears of ``model`` survive that PEFT reads their weights between two forwards, as DoRA does. Returns how many.
+
+    bitsandbytes moves the scales from the parameter to the module's state in the first forward. PEFT, having read a weight on a CPU, puts a
+    new parameter without scales into the module, and the next forward would overwrite the state's with nothing. Without effect on a GPU.
+    """
+    modules = [module for module in model.modules() if isinstance(module, bnb.nn.Linear8bitLt)]
+    for module in modules:
+        module.register_forward_pre_hook(_return_scales)
+    return len(modules)
+
+
+def _return_scales(module: nn.Module, _inputs: object) -> None:
+    linear = _quantized_linear(module)
+    if linear.weight.CB is not None and linear.weight.SCB is None:
+        linear.weight.SCB = linear.state.SCB
+
+
 def quantize_weight(
     weight: Tensor, quantization: FourBit | EightBit, compute_dtype: torch.dtype, device: torch.device | str | None = None
 ) -> QuantizedWeight:

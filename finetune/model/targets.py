@@ -59,7 +59,7 @@ def find_targets(model: Any, tuning: Lora | TiedLora | AdaLora | Vera, ratios: M
     names = linear_modules(model)
     targets = tuning.targets
     if isinstance(targets, SpectrumTargets):
-        _refuse_fused_experts(model, "spectrum")
+        refuse_fused_experts(model, "spectrum")
         return _by_spectrum(names, targets.spectrum, ratios)
     if isinstance(targets, RegexTargets):
         found = [name for name in names if re.search(targets.regex, name)]
@@ -67,7 +67,7 @@ def find_targets(model: Any, tuning: Lora | TiedLora | AdaLora | Vera, ratios: M
     if not isinstance(targets, str):
         return _by_name(names, targets)
     if targets != "attention":
-        _refuse_fused_experts(model, targets)
+        refuse_fused_experts(model, targets)
     pattern = {"attention": _ATTENTION, "mlp": _MLP, "all-linear": re.compile("")}[targets]
     found = [name for name in names if pattern.search(f".{name}.")]
     return found or _refuse([targets], names)
@@ -113,14 +113,14 @@ def _by_spectrum(names: Sequence[str], share: float, ratios: Mapping[str, float]
     return chosen({name: ratios[name] for name in names}, share)
 
 
-def _refuse_fused_experts(model: Any, targets: str) -> None:
-    """Experts that are one 3-D parameter are no linear modules: ``targets`` would silently leave out most of the model."""
+def refuse_fused_experts(model: Any, targets: str, fix: str = "use `targets: attention`, or list the modules by name") -> None:
+    """ConfigError where experts are one 3-D parameter, and so no linear modules: ``targets`` would silently leave out most of the model."""
     fused = [name for name, parameter in model.named_parameters() if parameter.ndim >= 3 and _MLP.search(f".{name}.")]
     if fused:
         raise ConfigError(
-            f"{targets} would leave out the fused experts {fused[0]}, which adapters do not support in this version",
+            f"{targets} would leave out the fused experts {fused[0]}: they are no linear layers, and no targets in this version",
             where="tuning.targets",
-            fix="use `targets: attention`, or list the modules by name",
+            fix=fix,
         )
 
 

@@ -28,10 +28,8 @@ def _order(rows: int, seed: int, epoch: int) -> Rows:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(rows)
 
 
-def micro_batches(
-    indices: Sequence[int], lengths: Sequence[int] | Ints, max_tokens: int, *, packed: bool = False
-) -> list[list[int]]:
-    """``indices`` cut by length into micro-batches of at most ``max_tokens`` tokens, as `cut` counts them; ``lengths`` are of all examples."""
+def micro_batches(indices: Sequence[int], lengths: Sequence[int] | Ints, max_tokens: int, *, packed: bool = False) -> list[list[int]]:
+    """``indices`` cut by length into micro-batches of at most ``max_tokens`` tokens, as `cut` counts them; ``lengths``: of all examples."""
     chosen = [int(lengths[index]) for index in indices]
     return [[indices[position] for position in piece] for piece in cut(chosen, max_tokens, packed=packed)]
 

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 
 from finetune.config.schema import Config, EightBit, EvaInit, FourBit, LoftqInit, Lora, OloraInit, OrthogonalInit, PissaInit
+from finetune.config.tuning_checks import needs_bf16
 from finetune.data.batches import collate, cut
 from finetune.data.render import Example
+from finetune.errors import ConfigError
 from finetune.model.adapters import attach, name_base
 from finetune.model.builtin import public_name
 from finetune.model.computed_start import StartReport
 from finetune.model.drawn import apply_eva, draw_orthogonal
+from finetune.model.fast import accelerate
 from finetune.model.load import DTYPES, load_base, storage_dtype
 from finetune.model.loftq import Quantizer, apply_loftq, restore_base
 from finetune.model.methods import Given
 from finetune.model.pissa import apply_moved, restore_moved
-from finetune.model.fast import accelerate
 from finetune.model.spectrum import ratios_for
 from finetune.model.tokens import enlarge
 from finetune.planning.resolve import Resolved
@@ -63,11 +65,12 @@ class Built:
 
 
 def build_model(config: Config, materials: Materials, device: torch.device, resumed: Path | None = None) -> Built:
-    """Load the base of ``config`` onto ``device`` and make it trainable; seed first.
+    """Load the base of ``config`` onto ``device`` and make it trainable; seed first. ConfigError where the method does not fit it.
 
     ``resumed`` is the run directory whose base is to be rebuilt instead of initialized anew.
     """
     base, resolved = materials.base, materials.resolved
+    _require_types(config, resolved)
     dtype = storage_dtype(config.quantization, resolved)
     plain = load_base(base, config.quantization, dtype, device)
     enlarge(plain, materials.new_ids)
@@ -87,6 +90,16 @@ def build_model(config: Config, materials: Materials, device: torch.device, resu
         _restore(model, config, materials, resumed)
         return Built(model, None, method)
     return Built(model, _start(model, config, materials, device), method)
+
+
+def _require_types(config: Config, resolved: Resolved) -> None:
+    """What the check of the configuration asks of a stated precision, for one that the device decided."""
+    if resolved.precision.value == "fp32" and (why := needs_bf16(config)):
+        raise ConfigError(
+            f"`train.trainable_dtype: bf16` needs `precision: bf16` here, and `auto` chose fp32 ({resolved.precision.reason}): {why}",
+            where="train.precision",
+            fix="set `trainable_dtype: fp32`, or `precision: bf16`",
+        )
 
 
 def _start(model: Any, config: Config, materials: Materials, device: torch.device) -> StartReport | None:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import Bitfit, Config, Full, Houlsby
+from finetune.config.schema import Bitfit, Config, Full, Houlsby, LoftqInit, Lora
 from finetune.model.adapters import save
 from finetune.model.builtin import public_name
 from finetune.model.correction import FILE as LOFTQ_FILE
@@ -58,7 +58,7 @@ Tuned from `{config.model.id}` with `finetune`: {config.tuning.method} on a base
 
 Validation loss of these weights: {measured}.
 
-{_tokens(config)}Trained on:
+{_tokens(config)}{_start(config)}Trained on:
 {sources}
 """
 
@@ -70,4 +70,21 @@ def _tokens(config: Config) -> str:
     return (
         f"Adds the tokens {', '.join(f'`{token}`' for token in config.model.new_tokens)}. Before PEFT loads the adapter, resize its\n"
         "base's embedding to the length of this tokenizer where it is shorter.\n\n"
+    )
+
+
+def _start(config: Config) -> str:
+    """What a LoftQ adapter is without this program: its base is the plainly quantized one after a single iteration alone."""
+    if not isinstance(config.tuning, Lora) or not isinstance(config.tuning.init, LoftqInit):
+        return ""
+    iterations = config.tuning.init.iterations
+    if iterations == 1:
+        return (
+            "It started from LoftQ with one iteration: it belongs to the base quantized as above, on which PEFT loads it as it is,\n"
+            "and not to the unquantized base.\n\n"
+        )
+    return (
+        f"**Not for PEFT alone.** It started from LoftQ with {iterations} iterations, which also changed the weights that were quantized:\n"
+        "on a base that is quantized plainly, PEFT loads it without complaint and computes something else. Merge it with\n"
+        f"`finetune merge`, or give the base its weights first: `finetune.model.loftq.restore_base`, from `{LOFTQ_FILE}`.\n\n"
     )

@@ -17,8 +17,8 @@ REST = "(rest)"
 """Name of the group of parameters that no entry of `optimizer.groups` matches."""
 
 Rule = Literal["own", "adamw"]
-_PLACES = ("attention", "mlp", "embeddings", "lm_head", REST)
-"""Groups that hold matrices first of all: a decay stated for one of them is not meant for the vectors in it."""
+_OF_VECTORS = ("norms", "magnitudes")
+"""Roles of vectors and scales alone: a decay that is stated for one of them is meant for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +54,17 @@ def assign_groups(parameters: Mapping[str, torch.nn.Parameter], optimizer: Optim
     """Put each trainable parameter into exactly one group; the first matching entry wins.
 
     LoRA+ (2402.12354) multiplies the rate of every B within its group. Norms, biases and magnitudes (vectors, and what scales rows or
-    columns) are not decayed unless a group that names them states a decay. ``optimizer.method`` is resolved, not `auto`. Raises ConfigError
-    for an entry that matches nothing, and for a method that none of the parameters is fit for.
+    columns) are not decayed unless a decay is stated for a group of them alone: `norms`, `magnitudes`, or a pattern that matches nothing
+    else. ``optimizer.method`` is resolved, not `auto`. Raises ConfigError for an entry that matches nothing, and for a method that none of
+    the parameters is fit for.
     """
     members: dict[_Key, list[str]] = {}
+    asked = {entry for entry, group in optimizer.groups.items() if group.weight_decay is not None and _of_vectors(entry, parameters)}
     for name, parameter in parameters.items():
         entry = next((key for key in optimizer.groups if _matches(key, name)), REST)
         is_b = optimizer.lora_plus_ratio != 1.0 and "lora-b" in roles_of(name)
-        key = _Key(entry, is_b, _decays(entry, optimizer, name, parameter), _rule(optimizer, name, parameter))
+        decays = entry in asked or not _is_vector(name, parameter)
+        key = _Key(entry, is_b, decays, _rule(optimizer, name, parameter))
         members.setdefault(key, []).append(name)
     _require_matches(parameters, optimizer, {key.entry for key in members})
     _require_own(members, optimizer)
@@ -89,11 +92,16 @@ def _matches(entry: str, name: str) -> bool:
     return entry in roles_of(name) if entry in ROLES else re.search(entry, name) is not None
 
 
-def _decays(entry: str, optimizer: Optimizer, name: str, parameter: torch.nn.Parameter) -> bool:
-    # IA3's scales are columns and rows of one element; decay would pull them from one to zero
-    if parameter.ndim >= 2 and ".ia3_l." not in name and not {"magnitudes", "norms"} & set(roles_of(name)):
-        return True
-    return entry not in _PLACES and optimizer.groups[entry].weight_decay is not None
+def _of_vectors(entry: str, parameters: Mapping[str, torch.nn.Parameter]) -> bool:
+    """Whether ``entry`` matches vectors alone, so that a decay stated for it is meant for them."""
+    if entry in ROLES:
+        return entry in _OF_VECTORS
+    return all(_is_vector(name, parameter) for name, parameter in parameters.items() if _matches(entry, name))
+
+
+def _is_vector(name: str, parameter: torch.nn.Parameter) -> bool:
+    # AdaLoRA's and IA3's scales are columns and rows of one element; decay would pull IA3's from one to zero
+    return parameter.ndim < 2 or bool(set(_OF_VECTORS) & set(roles_of(name)))
 
 
 def _rule(optimizer: Optimizer, name: str, parameter: torch.nn.Parameter) -> Rule:

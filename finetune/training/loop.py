@@ -83,7 +83,7 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
             )
     if first == 0 and progress.step > 1:  # a resumed run may have only the schedule's last, tiny steps left
         pruned = adalora.pruned_whole(session.scorer.model)
-        _require_change({name: sums for name, sums in start.items() if name not in pruned}, _sums(session.parameters))
+        _require_change({name: sums for name, sums in start.items() if name not in pruned}, _sums(session.parameters), session.config)
     return progress
 
 
@@ -212,11 +212,14 @@ def _sums(parameters: dict[str, torch.nn.Parameter]) -> dict[str, tuple[float, f
     return {name: (float(p.detach().double().sum()), float(p.detach().double().square().sum())) for name, p in parameters.items()}
 
 
-def _require_change(before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]]) -> None:
+def _require_change(before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]], config: Config) -> None:
     still = [name for name, sums in before.items() if sums == after[name]]
     if still:
+        fix = "raise their learning rate or remove their modules"
+        if config.train.trainable_dtype == "bf16":
+            fix = f"set train.trainable_dtype: fp32, for bf16 rounds small updates away; or {fix}"
         raise VerificationError(
             f"{len(still)} trainable tensors did not change, first {still[0]}",
             where="the whole run",
-            fix="raise their learning rate or remove their modules",
+            fix=fix,
         )

@@ -34,6 +34,10 @@ ROWS = (IDS, torch.ones_like(IDS), torch.ones_like(IDS, dtype=torch.bool))
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4},
+    "lora, dora": {"method": "lora", "rank": 4, "dora": True},
+    "lora, pissa": {"method": "lora", "rank": 4, "init": {"method": "pissa"}, "embeddings": "full"},
+    "lora, loftq": {"method": "lora", "rank": 4, "init": {"method": "loftq"}},
+    "lora, new tokens": {"method": "lora", "rank": 4, "embeddings": "new-tokens"},
     "tied-lora": {"rank": 4},
     "adalora": {"rank": 2, "init_rank": 4, "every_steps": 1},
     "vera": {"rank": 16},
@@ -48,19 +52,43 @@ METHODS: dict[str, dict[str, Any]] = {
     "full, galore": {"method": "full"},
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {"full, galore": {"method": "galore", "galore": {"rank": 8, "every_steps": 2}}}
+NEW_TOKENS = {"lora, new tokens": ["<note>", "<code>"]}
 BASES = ("none", "nf4")
+MORE_BASES = {"lora, dora": ("int8",)}
+"""Where PEFT handles a base in a way that no other method takes."""
+
+COMBINATIONS = [(method, base) for method in METHODS for base in (*BASES, *MORE_BASES.get(method, ()))]
 
 # Loads every run and every merged model as anybody would, and keeps their losses.
-FRESH = """
+FRESH = '''
 import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from finetune.config.load import load_config
+from finetune.config.schema import NoQuantization
 from finetune.finished import load_run
+from finetune.model.correction import Corrections
+from finetune.model.fast import accelerate
 from finetune.model.head import target_losses
 from finetune.model.load import load_base
+from finetune.model.quantize import roundtrip
+from finetune.model.tokens import enlarge, token_ids
 from finetune.runs import open_run
+
+def start_of(finished):
+    """The model before its first step, made by other means than the ones that are measured."""
+    loftq, config = finished.loftq, finished.config
+    quantization = NoQuantization() if loftq else config.quantization
+    base = load_base(finished.base, quantization, finished.dtype, finished.device)
+    enlarge(base, token_ids(finished.renderer.tokenizer, config.model.new_tokens))
+    if loftq:
+        with Corrections(finished.directory) as corrections:
+            for name in corrections.modules:
+                weight = base.get_submodule(name).weight
+                weight.copy_(corrections.read(name).start.added_to(roundtrip(weight, config.quantization, finished.dtype)))
+    return base
+
 places, out = json.loads(sys.argv[1]), sys.argv[2]
 ids = torch.randint(3, 320, (3, 24), generator=torch.Generator().manual_seed(1))
 rows = (ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
@@ -69,17 +97,18 @@ with torch.no_grad():
     for name, (run, merged) in places.items():
         opened = open_run(Path(run))
         finished = load_run(opened, load_config(opened.config).config)
+        if finished.config.train.kernels == "auto":
+            accelerate(finished.model)
         found[f"{name}/tuned"] = target_losses(finished.model, *rows)
         model, using = finished.untrained()
         with using():
             found[f"{name}/base"] = target_losses(model, *rows)
-        base = load_base(finished.base, finished.config.quantization, finished.dtype, finished.device)
-        found[f"{name}/pristine"] = target_losses(base, *rows)
+        found[f"{name}/pristine"] = target_losses(start_of(finished), *rows)
         found[f"{name}/again"] = target_losses(finished.model, *rows)
         if merged:
             found[f"{name}/merged"] = target_losses(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval(), *rows)
 save_file({name: value.clone() for name, value in found.items()}, out)
-"""
+'''
 
 
 @dataclass(frozen=True)
@@ -93,11 +122,14 @@ class Row:
     resumes: bool
     """A run that goes on from its second step ends at the same bytes."""
     reloads: bool
-    """Loaded in a fresh process, every loss is the trained model's, bit by bit."""
+    """Loaded in a fresh process, with the kernels of training, every loss is the trained model's, bit by bit.
+
+    PiSSA's, which are rewritten for the untouched base: within 1e-5.
+    """
     compared: bool
-    """Its base, as `finetune eval` measures it, is the untouched one, and measuring it leaves the tuned model as it was."""
+    """Its base, as `finetune eval` measures it, is the untouched one (LoftQ: with its start), and measuring it changes nothing."""
     merges: bool
-    """The merged model, loaded by plain transformers in a fresh process, has the tuned model's losses within 1e-4."""
+    """The merged model, loaded by plain transformers in a fresh process, has the tuned model's losses within 1e-4 (int8: 1e-2)."""
     reason: str
     """Why it does not train or does not merge, in the words of the error."""
 
@@ -173,14 +205,13 @@ class Matrix:
         out = self.folder / "found.safetensors"
         subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH, json.dumps(places), str(out)], check=True, cwd=ROOT)
         found = load_file(out)
-        for method in METHODS:
-            for base in BASES:
-                name = f"{method} on {base}"
-                if name in self.refused:
-                    yield Row(method, base, False, False, False, False, False, self.refused[name])
-                else:
-                    part = {key.rpartition("/")[2]: value for key, value in found.items() if key.startswith(f"{name}/")}
-                    yield row(method, base, self.trained[name], part)
+        for method, base in COMBINATIONS:
+            name = f"{method} on {base}"
+            if name in self.refused:
+                yield Row(method, base, False, False, False, False, False, self.refused[name])
+            else:
+                part = {key.rpartition("/")[2]: value for key, value in found.items() if key.startswith(f"{name}/")}
+                yield row(method, base, self.trained[name], part)
 
 
 def row(method: str, base: str, trained: Trained, found: dict[str, torch.Tensor]) -> Row:
@@ -188,8 +219,11 @@ def row(method: str, base: str, trained: Trained, found: dict[str, torch.Tensor]
     differs = float((found["tuned"] - found["base"]).abs().max()) > 1e-4
     base_is_pristine = float((found["base"] - found["pristine"]).abs().max()) < 1e-5
     compared = base_is_pristine and torch.equal(found["again"], found["tuned"])
-    merges = "merged" in found and float((found["merged"] - tuned).abs().max()) < 1e-4
-    return Row(method, base, differs, trained.resumes, torch.equal(found["tuned"], tuned), compared, merges, trained.reason)
+    # the products of an int8 layer round their input too, which no merged weight does
+    merges = "merged" in found and float((found["merged"] - tuned).abs().max()) < (1e-2 if base == "int8" else 1e-4)
+    rewritten = method == "lora, pissa" and float((found["tuned"] - tuned).abs().max()) < 1e-5
+    reloads = rewritten or torch.equal(found["tuned"], tuned)
+    return Row(method, base, differs, trained.resumes, reloads, compared, merges, trained.reason)
 
 
 def result(run: Path) -> dict[str, str]:
@@ -209,12 +243,20 @@ def matrix(
     def write(method: str, base: str) -> Path:
         path = folder / f"{method} on {base}.yaml"
         config = {
-            "model": {"id": str(biased if method == "bitfit" else tiny_model_dir)},
+            "model": {"id": str(biased if method == "bitfit" else tiny_model_dir), "new_tokens": NEW_TOKENS.get(method, [])},
             "quantization": {"method": base},
             "tuning": {"method": method} | METHODS[method],
             "optimizer": {"learning_rate": 0.02} | OPTIMIZERS.get(method, {}),
             "data": {"train": [{"source": str(chat_file)}], "validation": {"fraction": 0.2}, "max_tokens": 256},
-            "train": {"epochs": 1, "max_steps": 3, "batch_size": 8, "precision": "fp32", "checkpoint": {"every_steps": 1, "keep": 5}},
+            "train": {
+                "epochs": 1,
+                "max_steps": 3,
+                "batch_size": 8,
+                "precision": "fp32",
+                "checkpoint": {"every_steps": 1, "keep": 5},
+                # whether int8 is packed hangs on the weights: products that round their input turn the last bit into more
+                "kernels": "plain" if base == "int8" else "auto",
+            },
             "output": str(folder / f"{method} on {base}"),
         }
         path.write_text(json.dumps(config))
@@ -223,9 +265,8 @@ def matrix(
     made = Matrix(folder, write)
     with pytest.MonkeyPatch.context() as patch:
         made.keep_losses(patch)
-        for method in METHODS:
-            for base in BASES:
-                made.run(method, base)
+        for method, base in COMBINATIONS:
+            made.run(method, base)
     return list(made.rows())
 
 
@@ -234,9 +275,10 @@ def test_a_method_trains_resumes_and_reloads_or_says_why_not(matrix: list[Row]) 
         if found.trains:
             assert (found.resumes, found.reloads, found.compared) == (True, True, True), found
         else:
-            assert found.method.startswith("full"), found
-            assert found.base == "nf4"
-            assert "cannot be trained" in found.reason
+            why = {"lora, loftq on none": "the base is not quantized", "lora, pissa on nf4": "the base is nf4"}
+            if found.method.startswith("full"):
+                assert found.base == "nf4", found
+            assert why.get(f"{found.method} on {found.base}", "cannot be trained") in found.reason, found
 
 
 def test_what_cannot_be_merged_says_why(matrix: list[Row]) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.config.schema import FourBit, Lora, NoQuantization, Quantization
 from finetune.errors import VerificationError
-from finetune.model.adapters import WEIGHTS, _require_equal, attach, load, save
+from finetune.model.adapters import WEIGHTS, _require_equal, attach, load, save, switched_off
 from finetune.model.head import target_losses
 from finetune.model.load import load_base
 
@@ -86,3 +86,11 @@ def test_the_user_is_not_told_how_peft_would_merge(llama: Callable[..., Path], t
         warnings.simplefilter("error", UserWarning)
         trained(base, tmp_path, NoQuantization(), Lora(method="lora", rank=4, embeddings="full"))
         load(load_base(base, NoQuantization(), torch.bfloat16, torch.device("cpu")), tmp_path)
+
+
+def test_an_exception_inside_switched_off_leaves_what_trains_as_it_was(llama: Callable[..., Path]) -> None:
+    model = attach(load_base(llama(), NoQuantization(), torch.float32, torch.device("cpu")), Lora(method="lora", rank=4, embeddings="full"))
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(KeyError), switched_off(model):
+        raise KeyError
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before

@@ -24,7 +24,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from finetune.config.schema import AdaLora, NoQuantization, Prefix, Prompt, Quantization, Tuning
+from finetune.config.schema import AdaLora, Lora, NoQuantization, Prefix, Prompt, Quantization, Tuning
 from finetune.errors import ConfigError
 from finetune.model.adalora import add_penalty, plan_ranks
 from finetune.model.adapters import WEIGHTS, attach, load, read_into, save, switched_off, trainable
@@ -309,3 +309,22 @@ def test_spectrum_chooses_the_targets_of_every_method_that_has_them(llama: Llama
     model = attach(model, TypeAdapter(Tuning).validate_python({"method": name} | fields), Given(ratios=ratios))
     assert trainable(model)
     assert all(".layers.1." in key for key in trainable(model))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dora_on_an_int8_base_trains_on_a_cpu(llama: Llama, tmp_path: Path, checkpointing: bool) -> None:
+    """PEFT reads the weight in each forward, and leaves a parameter without scales behind."""
+    tuning = Lora(method="lora", rank=4, dora=True)
+    torch.manual_seed(0)
+    model = attach(base(llama, BASES["int8"]), tuning)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    start = losses(model)
+    tuned = losses(train(model, steps=4))
+    assert tuned.isfinite().all()
+    assert tuned.mean() < start.mean() - 1e-3
+    assert torch.equal(losses(model), tuned)
+    with switched_off(model):
+        assert torch.equal(losses(model), losses(base(llama, BASES["int8"])))
+    save(model, tmp_path)
+    assert torch.equal(losses(load(base(llama, BASES["int8"]), tmp_path)), tuned)

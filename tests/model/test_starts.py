@@ -25,7 +25,7 @@ from finetune.config.schema import (
     PissaInit,
 )
 from finetune.errors import ConfigError, VerificationError
-from finetune.model.adapters import WEIGHTS, attach
+from finetune.model.adapters import WEIGHTS, attach, load
 from finetune.model.correction import MOVED, Factors
 from finetune.model.drawn import apply_eva, draw_orthogonal
 from finetune.model.load import load_base
@@ -320,3 +320,15 @@ def test_b9_what_was_exported_is_read_back(llama: Llama, tmp_path: Path, monkeyp
     with pytest.raises(VerificationError, match="differs from the file"):
         save_plain(model, tmp_path, tmp_path / "adapter")
     assert (tmp_path / "adapter" / WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize("init", [PISSA, OLORA], ids=["pissa", "olora"])
+def test_a18_a_whole_copy_of_tied_embeddings_is_exported_with_the_start_taken_out(llama: Llama, tmp_path: Path, init: Any) -> None:
+    """The copy is the head's too: one storage under two names, which safetensors refuses."""
+    base = llama(tied=True)
+    model = attached(base, init=init, embeddings="full")
+    apply_moved(model, base, init).save(tmp_path)
+    wanted = logits(trained(model))
+    save_plain(model, tmp_path, tmp_path / "adapter")
+    loaded = load(base_of(base), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=3e-4)

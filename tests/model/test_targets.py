@@ -9,8 +9,10 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from finetune.config.schema import Lora
+from finetune.config.schema import Full, Lora
 from finetune.errors import ConfigError, VerificationError
+from finetune.model.adapters import attach
+from finetune.model.methods import Given
 from finetune.model.targets import chosen, find_targets
 
 SIZES: dict[str, Any] = {
@@ -82,3 +84,13 @@ def test_a_choice_of_one_type_does_not_spill_to_layers_that_end_alike() -> None:
     adapted = {name for name, _ in trained.named_parameters() if ".lora_A." in name}
     assert len(adapted) == 7
     assert all(".layers.1." in name for name in adapted)
+
+
+@pytest.mark.parametrize("model", [mixtral, qwen])
+def test_full_tuning_by_spectrum_does_not_leave_fused_experts_out_silently(model: Any) -> None:
+    made = model()
+    ratios = {name: 1.0 for name, _ in made.named_modules()}
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.mlp\.experts\.\w+_proj") as error:
+        attach(made, Full.model_validate({"method": "full", "targets": {"spectrum": 1.0}}), Given(ratios=ratios))
+    assert "`targets: all`" in error.value.problems[0].fix
+    assert attach(made, Full(method="full")).num_parameters(only_trainable=True) == made.num_parameters()

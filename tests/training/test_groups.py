@@ -181,9 +181,15 @@ def test_m10_no_parameter_is_lost_or_doubled_and_every_rate_is_exact(
             stated = groups.get(entry or "", {})
             rate = 0.1 * stated.get("lr_ratio", 1.0)
             assert group.learning_rate == (rate * ratio if "lora-b" in roles_of(name) else rate)
-            matrix = parameters[name].ndim == 2 and not {"magnitudes", "norms"} & set(roles_of(name))
-            asked = entry not in (None, "attention", "mlp", "embeddings", "lm_head") and "weight_decay" in stated
-            assert group.weight_decay == (stated.get("weight_decay", 0.01) if matrix or asked else 0.0)
+            asked = "weight_decay" in stated and (
+                entry in ("norms", "magnitudes")
+                or (entry not in ROLES and not any(is_matrix(each) for each in names if matches(entry, each)))
+            )
+            assert group.weight_decay == (stated.get("weight_decay", 0.01) if is_matrix(name) or asked else 0.0)
+
+
+def is_matrix(name: str) -> bool:
+    return len({**SHAPES, **OTHERS}[name]) == 2 and not {"magnitudes", "norms"} & set(roles_of(name))
 
 
 def matches(entry: str, name: str) -> bool:
@@ -238,3 +244,20 @@ def test_ratio_one_gives_the_same_adapter_file(write_config: Callable[..., Path]
     table = json.loads((tmp_path / "ones" / "plan.json").read_text())["groups"]
     assert [group["name"] for group in table] == ["mlp", "lora-b", "(rest)"]
     assert all({"parameters", "learning_rate", "weight_decay", "tensors"} <= group.keys() for group in table)
+
+
+@pytest.mark.parametrize(
+    ("entry", "decayed"),
+    [
+        (r"layers\.1\.", {"model.layers.1.self_attn.q_proj.weight"}),
+        (r"layers\.1\..*norm", {"model.layers.1.input_layernorm.weight"}),
+        (r"\.bias$", {"model.layers.1.self_attn.q_proj.bias"}),
+        ("norms", {"model.layers.1.input_layernorm.weight"}),
+        ("attention", {"model.layers.1.self_attn.q_proj.weight"}),
+    ],
+)
+def test_m10_a_pattern_decays_vectors_only_where_it_matches_nothing_else(entry: str, decayed: set[str]) -> None:
+    names = ["self_attn.q_proj.weight", "self_attn.q_proj.bias", "input_layernorm.weight"]
+    made = {f"model.layers.1.{name}": torch.nn.Parameter(torch.zeros((8, 8) if "proj.weight" in name else (8,))) for name in names}
+    found = rates(made, optimizer(groups={entry: {"weight_decay": 0.3}}))
+    assert {name for name, (_, decay) in found.items() if decay == 0.3} == decayed

@@ -22,7 +22,7 @@ from finetune.scoring import Scorer
 from finetune.training.batching import global_batch
 from finetune.training.checkpoints import Progress
 from finetune.training.groups import assign_groups
-from finetune.training.loop import Session, fit
+from finetune.training.loop import Session, _require_change, fit
 from finetune.training.metrics import StepDone
 from finetune.training.optimizer import build_optimizer, rate_factor
 from finetune.training.signals import StopRequest
@@ -184,3 +184,11 @@ def test_a16_validation_loss_does_not_depend_on_the_batch(tiny_model_dir: Path, 
     losses = [Scorer(session.scorer.model, torch.device("cpu"), "fp32", size).mean_loss(data.train) for size in (1, 100, 10_000)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert losses[0] == pytest.approx(losses[2], abs=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "advice"), [("bf16", "set train.trainable_dtype: fp32"), ("fp32", "raise their learning rate")])
+def test_a12_what_bf16_rounded_away_is_said_to_be_that(tiny_model_dir: Path, chat_file: Path, dtype: str, advice: str) -> None:
+    config = make_config(tiny_model_dir, chat_file, trainable_dtype=dtype)
+    with pytest.raises(VerificationError, match="1 trainable tensors did not change, first a") as caught:
+        _require_change({"a": (1.0, 2.0), "b": (0.0, 0.0)}, {"a": (1.0, 2.0), "b": (1.0, 1.0)}, config)
+    assert caught.value.problems[0].fix.startswith(advice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune.config.load import load_config
 from finetune.config.schema import Optimizer, Schedule
 from finetune.errors import ConfigError, HardwareError
 from finetune.planning.steps import Steps
@@ -212,3 +214,11 @@ def test_the_cosine_agrees_with_transformers() -> None:
         assert rate_factor(schedule, steps, step) == pytest.approx(wanted, abs=1e-12)
         dummy.step()
         theirs.step()
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "norm"])
+def test_muon_is_refused_before_loading_where_nothing_but_embeddings_or_vectors_train(
+    write_config: Callable[..., Path], method: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"`tuning.method: {method}` trains"):
+        load_config(write_config(tuning={"method": method}, optimizer={"method": "muon"}))
