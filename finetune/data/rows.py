@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice, pairwise
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from finetune.data.checks import Flags, texts_flags, token_flags
 from finetune.data.examples import Flat, Ints, Rows
 from finetune.data.formats import parse, unused_columns
 from finetune.data.near import Signatures, signatures
-from finetune.data.overlong import Piece, shorten
+from finetune.data.overlong import shorten
 from finetune.data.records import Record, Row, Text
 from finetune.data.render import Example, Renderer
 from finetune.data.workers import collector_at_rest
@@ -130,27 +130,29 @@ class Worker:
             except DataError as error:
                 errors[number] = error
         tally.unused = _unused([item for item in chunk.items if isinstance(item, Row)], chunk)
-        pieces: list[_Placed] = []
+        placed = _Placed()
         for number, record, example in zip(numbers, records, self.renderer.examples(records, self.data.supervise), strict=True):
             try:
-                pieces.extend(self._pieces(number + chunk.first, record, example, tally))
+                self._place(number + chunk.first, record, example, tally, placed)
             except DataError as error:
                 errors[number] = error
         problems = [problem for number in sorted(errors)[:PROBLEMS] for problem in errors[number].problems]
-        return self._columns(chunk.source, pieces, tally, (tuple(problems), len(errors)))
+        return self._columns(chunk.source, placed, tally, (tuple(problems), len(errors)))
 
     def _parsed(self, item: Row | DataError, chunk: Chunk) -> Record:
         if isinstance(item, DataError):
             raise item
         return parse(item, chunk.format, chunk.columns)
 
-    def _pieces(self, row: int, record: Record, example: Example | DataError, tally: Tally) -> list[_Placed]:
+    def _place(self, row: int, record: Record, example: Example | DataError, tally: Tally, placed: _Placed) -> None:
         if isinstance(example, DataError):
             raise example
-        if not isinstance(record, Text):
-            tally.longest_row = max(tally.longest_row, len(example.ids))
-        if len(example.ids) <= self.data.max_tokens:
-            return [_Placed(row, Piece(example, record), record, example)]
+        length = len(example.ids)
+        if length > tally.longest_row and not isinstance(record, Text):
+            tally.longest_row = length
+        if length <= self.data.max_tokens:
+            placed.add(row, example, record, record, example)
+            return
         pieces = shorten(record, example, self.data, self.renderer)
         tally.over_long += 1
         if not pieces:
@@ -159,38 +161,53 @@ class Worker:
             tally.truncated += 1
         else:
             tally.split += 1
-        return [_Placed(row, piece, record if piece.record is None else piece.record, example) for piece in pieces]
+        for piece in pieces:
+            placed.add(row, piece.example, piece.record, record if piece.record is None else piece.record, example)
 
-    def _columns(self, source: int, placed: list[_Placed], tally: Tally, problems: tuple[tuple[Problem, ...], int]) -> Worked:
-        flat = Flat.of([each.piece.example for each in placed])
+    def _columns(self, source: int, placed: _Placed, tally: Tally, problems: tuple[tuple[Problem, ...], int]) -> Worked:
+        flat = Flat.of(placed.examples)
         contents, tokens = _digests(flat)
         # a row that was cut is drawn as a whole, so that its pieces land on one side
         wholes = [
-            digest if each.whole is each.piece.example else _digests(Flat.of([each.whole]))[1][0]
-            for each, digest in zip(placed, tokens, strict=True)
+            digest if whole is example else _digests(Flat.of([whole]))[1][0]
+            for whole, example, digest in zip(placed.wholes, placed.examples, tokens, strict=True)
         ]
         index = Index(
-            source=np.full(len(placed), source, np.int16),
-            row=np.array([each.row for each in placed], np.int64),
+            source=np.full(len(placed.rows), source, np.int16),
+            row=np.array(placed.rows, np.int64),
             length=np.diff(flat.offsets),
             supervised=flat.supervised(),
             content=_words(contents),
             tokens=_words(tokens),
             draw=_draws(wholes, self.seed),
-            flags=token_flags(flat) | texts_flags([each.piece.record for each in placed]),
+            flags=token_flags(flat) | texts_flags(placed.shown),
         )
-        compared = None if self.data.near_duplicates == "ignore" else signatures([each.record for each in placed])
-        batch = flat.record_batch([each.piece.example.where for each in placed])
+        compared = None if self.data.near_duplicates == "ignore" else signatures(placed.compared)
+        batch = flat.record_batch([example.where for example in placed.examples])
         return Worked(source, batch, index, compared, tally, *problems)
 
 
-class _Placed(NamedTuple):
-    """A piece, the row it came from, the record that is compared for it, and the row's whole example."""
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """Pieces as columns: lists that grow together are cheaper than an object for each."""
 
-    row: int
-    piece: Piece
-    record: Record
-    whole: Example
+    rows: list[int] = field(default_factory=list)
+    """Numbers of the rows that they came from."""
+    examples: list[Example] = field(default_factory=list)
+    shown: list[Record | None] = field(default_factory=list)
+    """The record that a piece shows; None for the later blocks of a text."""
+    compared: list[Record] = field(default_factory=list)
+    """The record that is compared for it."""
+    wholes: list[Example] = field(default_factory=list)
+    """The row's whole example."""
+
+    def add(self, row: int, example: Example, shown: Record | None, compared: Record, whole: Example) -> None:
+        """One more piece."""
+        self.rows.append(row)
+        self.examples.append(example)
+        self.shown.append(shown)
+        self.compared.append(compared)
+        self.wholes.append(whole)
 
 
 def _unused(rows: Sequence[Row], chunk: Chunk) -> dict[str, int]:
