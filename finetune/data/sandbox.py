@@ -96,9 +96,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """As the parent's, paying for the hash of a tuple."""
+        """As the parent's, paying for the hash of a tuple; by a shorter way for `message['role']`."""
         if type(argument) is tuple:
             self.meter.weigh(argument)
+        elif type(argument) is str and type(obj) is dict and argument in obj:
+            return obj[argument]
         return super().getitem(obj, argument)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - a template may pass `self=`

@@ -9,7 +9,6 @@ quadratic; where even those differ, the row is an error.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -42,8 +41,7 @@ _CALL = {"type": "function", "id": "call00001", "function": {"name": "probe", "a
 _RESULT = Message("tool", "Result.", name="probe", tool_call_id="call00001")
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
+class _Kind(NamedTuple):  # looked up for every row, and a tuple's hash is quicker than a dataclass's
     """What a template may treat in its own way."""
 
     with_system: bool
