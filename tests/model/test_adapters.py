@@ -88,8 +88,10 @@ def test_the_user_is_not_told_how_peft_would_merge(llama: Callable[..., Path], t
         load(load_base(base, NoQuantization(), torch.bfloat16, torch.device("cpu")), tmp_path)
 
 
-def test_an_exception_inside_switched_off_leaves_what_trains_as_it_was(llama: Callable[..., Path]) -> None:
-    model = attach(load_base(llama(), NoQuantization(), torch.float32, torch.device("cpu")), Lora(method="lora", rank=4, embeddings="full"))
+def test_an_exception_inside_switched_off_leaves_what_trains_as_it_was(llama: Callable[..., Path], tmp_path: Path) -> None:
+    base = llama(dtype=torch.bfloat16)
+    trained(base, tmp_path, NoQuantization(), Lora(method="lora", rank=4, embeddings="full"))
+    model = load(load_base(base, NoQuantization(), torch.bfloat16, torch.device("cpu")), tmp_path)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with pytest.raises(KeyError), switched_off(model):
         raise KeyError

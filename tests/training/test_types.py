@@ -69,3 +69,15 @@ def test_adalora_on_int8_that_trained_in_bf16_is_merged(
     run = train_here(write_config(**ADALORA, optimizer={"learning_rate": 0.05}, train=train("bf16", max_steps=3)))
     api.merge(run, tmp_path / "merged", dtype="fp32")
     assert json.loads((tmp_path / "merged" / "merge.json").read_text())["dtype"] == "fp32"
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_fp32_embeddings_train_under_bf16_products(
+    write_config: Callable[..., Path], train_here: Callable[..., Path], tmp_path: Path, quantization: str, dora: bool
+) -> None:
+    """Their fp32 states reach attention as they are, beside keys and values of bf16 factors."""
+    tuning = {"method": "lora", "rank": 4, "alpha": 8, "embeddings": "full", "dora": dora}
+    stated = train("bf16", trainable_dtype="fp32")
+    run = train_here(write_config(tuning=tuning, quantization={"method": quantization}, train=stated))
+    assert api.merge(run, tmp_path / "merged", dtype="fp32").parity.mean_kl < 1e-2
