@@ -51,7 +51,7 @@ class TrainingView:
             yield self
         finally:
             self._preparation.clear()
-            if self._task is not None:
+            if self._task is not None and view.err.is_terminal:  # elsewhere it was never shown
                 self._progress.stop()
 
     def _on_preparing(self, event: Any) -> None:

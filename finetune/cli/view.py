@@ -80,8 +80,8 @@ def show_example(heading: str, text: Text, ids: Sequence[int], *, last: bool) ->
 
 
 def note(text: str) -> None:
-    """One line for people."""
-    err.print(Text(text))
+    """One line for people, which stays one in a pipe."""
+    err.print(Text(text), soft_wrap=not err.is_terminal)
 
 
 def path(text: str) -> None:
@@ -136,9 +136,8 @@ def preparing() -> Iterator[Preparation]:
 @contextmanager
 def counting(title: str) -> Iterator[Any]:
     """A progress line for work whose length is not known; yields (what, done) -> None."""
-    with Progress(
-        TextColumn("{task.description}"), TextColumn("{task.completed:,}"), TimeElapsedColumn(), console=err, transient=True
-    ) as progress:
+    columns = (TextColumn("{task.description}"), TextColumn("{task.completed:,}"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
 
         def advance(what: str, count: int) -> None:

@@ -27,15 +27,20 @@ def unusual_rates(config: Config) -> list[str]:
     match config.tuning:
         case Full() if rate > FULL_RATE:
             return [
-                f"optimizer.learning_rate is {rate:g}, which is high for `tuning.method: {method}`: whole weights usually train at "
-                f"1e-5 to {FULL_RATE:g}, and forget more above it"
+                f"optimizer.learning_rate is {_short(rate)}, which is high for `tuning.method: {method}`: whole weights usually train at "
+                f"1e-5 to {_short(FULL_RATE)}, and forget more above it"
             ]
         case Prompt() | Prefix() if rate < PROMPT_RATE:
             return [
-                f"optimizer.learning_rate is {rate:g}, which is low for `tuning.method: {method}`: virtual tokens usually need "
-                f"{PROMPT_RATE:g} to 0.3 to move at all"
+                f"optimizer.learning_rate is {_short(rate)}, which is low for `tuning.method: {method}`: virtual tokens usually need "
+                f"{_short(PROMPT_RATE)} to 0.3 to move at all"
             ]
     return []
+
+
+def _short(rate: float) -> str:
+    """``rate`` as a person writes it: 5e-5."""
+    return f"{rate:g}".replace("e-0", "e-")
 
 
 def _exists(source: str) -> bool:
