@@ -4,7 +4,8 @@ A packed micro-batch is one row of tokens in which examples follow each other. A
 positions, so this is the only place that must know where one example ends. Here each example is attended apart, in tiles of query rows
 that see nothing above the diagonal, so that neither padding nor a quadratic mask is ever computed.
 
-The gradient is written out (2205.14135, appendix B.2, without the online rescaling): for a tile of queries Q with the keys K, values V up to it,
+The gradient is written out (2205.14135, appendix B.2, without the online rescaling): for a tile of queries Q with the keys K and values V
+up to it,
 
     P = softmax(s Q K^T + mask)      O = P V
     dV = P^T dO      dS = P * (dO V^T - rowsum(P * dO V^T))      dQ = s dS K      dK = s dS^T Q

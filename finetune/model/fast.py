@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.model.fast_lora import install
+from finetune.model import fast_lora, fast_norm
 from finetune.model.head import causal_model
 from finetune.model.packing import enable_packing
 
@@ -18,8 +18,15 @@ class Accelerated:
     """Whether micro-batches are run without padding."""
     linears: int
     """LoRA layers that compute as one function."""
+    norms: int
+    """Norms that do."""
+
+    @property
+    def summary(self) -> str:
+        """For people."""
+        return f"{'no padding' if self.packed else 'padded'}, {self.linears} LoRA layers and {self.norms} norms as one function each"
 
 
 def accelerate(model: Any) -> Accelerated:
     """Switch on what ``model`` can run exactly."""
-    return Accelerated(enable_packing(causal_model(model)), install(model))
+    return Accelerated(enable_packing(causal_model(model)), fast_lora.install(model), fast_norm.install(model))

@@ -18,7 +18,7 @@ from finetune.model.adapters import attach, name_base
 from finetune.model.builtin import public_name
 from finetune.model.computed_start import StartReport
 from finetune.model.drawn import apply_eva, draw_orthogonal
-from finetune.model.fast import accelerate
+from finetune.model.fast import Accelerated, accelerate
 from finetune.model.load import DTYPES, load_base, storage_dtype
 from finetune.model.loftq import Quantizer, apply_loftq, restore_base
 from finetune.model.methods import Given
@@ -51,6 +51,8 @@ class Built:
     """Where the adapter's start was computed from the weights: its factors, which the run keeps."""
     method: str
     """`tuning.init.method`."""
+    accelerated: Accelerated | None
+    """What `train.kernels: auto` switched on."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -81,15 +83,14 @@ def build_model(config: Config, materials: Materials, device: torch.device, resu
     name_base(model, public_name(config.model.id))
     if resolved.gradient_checkpointing.value:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.train.kernels == "auto":
-        accelerate(model)
+    fast = accelerate(model) if config.train.kernels == "auto" else None
     if not isinstance(config.tuning, Lora):
-        return Built(model, None, "default")
+        return Built(model, None, "default", fast)
     method = config.tuning.init.method
     if resumed is not None:
         _restore(model, config, materials, resumed)
-        return Built(model, None, method)
-    return Built(model, _start(model, config, materials, device), method)
+        return Built(model, None, method, fast)
+    return Built(model, _start(model, config, materials, device), method, fast)
 
 
 def _require_types(config: Config, resolved: Resolved) -> None:

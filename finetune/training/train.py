@@ -238,6 +238,12 @@ def _joined(observer: Observer, watching: list[Any]) -> Observer:
     return tell
 
 
+def _kernels(built: Built) -> tuple[str, str]:
+    if built.accelerated is None:
+        return "plain", "stated in train.kernels"
+    return built.accelerated.summary, "where a probe of the model found them exact"
+
+
 def _started(config: Config, parts: _Parts, done: int) -> Started:
     resolved, counts = parts.inputs.resolved, parts.inputs.data.counts
     return Started(
@@ -253,6 +259,7 @@ def _started(config: Config, parts: _Parts, done: int) -> Started:
             **({"strategy": (resolved.strategy.value, resolved.strategy.reason)} if parts.accelerator.num_processes > 1 else {}),
             **({"optimizer": (resolved.optimizer.value, resolved.optimizer.reason)} if config.optimizer.method == "auto" else {}),
             "gradient checkpointing": ("on" if resolved.gradient_checkpointing.value else "off", resolved.gradient_checkpointing.reason),
+            "kernels": _kernels(parts.built),
         },
         notes=parts.built.notes,
         device=f"{parts.accelerator.num_processes} x {parts.accelerator.device.type}, base {config.quantization.method}",

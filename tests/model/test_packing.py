@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaCon
 from finetune.config.schema import FourBit, NoQuantization, Quantization
 from finetune.data.batches import Batch, collate, cut
 from finetune.data.render import Example
+from finetune.model import fast_norm
 from finetune.model.attention import NAME
 from finetune.model.fast_lora import install
 from finetune.model.head import target_losses
@@ -162,6 +163,31 @@ def test_the_function_in_bf16_is_as_near_to_fp32_as_pefts():
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}], ids=str)
 def test_layers_that_are_not_plain_stay_with_peft(changes: dict[str, object]):
     assert install(adapted(llama(), **changes)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_as_one_function_equal_the_librarys(dtype: torch.dtype):
+    model = adapted(llama().to(dtype)).train()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    exact = step(adapted(llama()).train())[1]
+    distances = []
+    for fast in (False, True):
+        assert not fast or fast_norm.install(model) == 5
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = step(model)[1]
+        distances.append(sum(float((found[name] - exact[name]).square().sum()) for name in exact) ** 0.5)
+    scale = sum(float(gradient.square().sum()) for gradient in exact.values()) ** 0.5
+    assert distances[1] <= 1.1 * distances[0] + 2e-6 * scale
+
+
+def test_norms_of_another_kind_stay_with_the_library():
+    torch.manual_seed(0)
+    gemma = AutoModelForCausalLM.from_config(GemmaConfig(**SMALL, num_key_value_heads=2, head_dim=8)).requires_grad_(False)
+    for parameter in gemma.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    assert fast_norm.install(gemma) == 0  # x (1 + w)
+    assert fast_norm.install(llama().requires_grad_(True)) == 0  # its weight trains
 
 
 def test_packed_pieces_count_no_padding():
