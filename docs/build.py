@@ -1,4 +1,4 @@
-"""Writes what is generated: docs/config.md, docs/cli.md, docs/methods.md, the README's table of methods and the JSON Schemas beside the shipped YAML files.
+"""Writes what is generated: docs/config.md, cli.md, methods.md, the README's table of methods, and the JSON Schemas of the YAML files.
 
 python docs/build.py            write
 python docs/build.py --check    exit 1 if a file is stale

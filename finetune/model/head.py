@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from finetune.model.frozen_head import fits, frozen_head_losses
 from finetune.model.packing import is_packed, packed_inputs
 from finetune.model.virtual import forward_inputs, virtual_tokens
 
@@ -139,7 +140,12 @@ def target_losses(model: Any, ids: torch.Tensor, attention: torch.Tensor, superv
 
 
 def hidden_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
-    """Losses of hidden (n, d) against targets (n,), recomputing each chunk's logits in the backward pass."""
+    """Losses of hidden (n, d) against targets (n,), without the logits of more than one chunk at a time.
+
+    Where the head trains, each chunk's logits are computed again in the backward pass.
+    """
+    if torch.is_grad_enabled() and fits(head):
+        return frozen_head_losses(hidden, cast(torch.nn.Linear, head), targets)
 
     def losses(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(head(_fitting(rows, head)).float(), wanted, reduction="none")
