@@ -62,7 +62,13 @@ def packed_attention(
         raise NotImplementedError(f"packed attention has no {', '.join(asked)}")
     scaling = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _Packed.apply(query[0], key[0], value[0], scale, bounds.tolist())[None], None  # type: ignore[no-untyped-call]
+    rows = [part[0] for part in (query, key, value)]
+    if torch.is_autocast_enabled(query.device.type):
+        # as torch's own: fp32 states of trained embeddings, and what they are mixed with, in the type of the products
+        rows = [part.to(torch.get_autocast_dtype(query.device.type)) for part in rows]
+    with torch.autocast(query.device.type, enabled=False):
+        attended: Tensor = _Packed.apply(*rows, scale, bounds.tolist())  # type: ignore[no-untyped-call]
+    return attended[None], None
 
 
 def register() -> None:
