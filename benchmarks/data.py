@@ -27,7 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "data.json"
-SPEED_ROWS = 50_000
+SPEED_ROWS = 200_000
 MEMORY_ROWS = (20_000, 200_000)
 TURNS = (4, 16, 64, 256)
 TURNS_IN_ALL = 16_384
