@@ -17,6 +17,7 @@ from finetune.errors import ConfigError, VerificationError
 from finetune.hardware import detect
 from finetune.model.adapters import load
 from finetune.model.builtin import fingerprint, resolve_model
+from finetune.model.fast import accelerate
 from finetune.model.load import load_base, load_tokenizer, storage_dtype
 from finetune.model.loftq import restore_base
 from finetune.model.start import before_training
@@ -62,7 +63,8 @@ class FinishedRun:
         """The model before its first step, as (model, context to use it in): the tuned one with its adapter set back, or a second copy."""
         if not isinstance(self.config.tuning, Full):
             return self.model, lambda: before_training(self.model, self.directory, loftq=self.loftq)
-        return _untuned(self.config, self.base, self.dtype, self.device, self.renderer), nullcontext
+        base = _untuned(self.config, self.base, self.dtype, self.device, self.renderer)
+        return _as_trained(base, self.config), nullcontext
 
 
 def load_run(run: RunDirectory, config: Config) -> FinishedRun:
@@ -95,11 +97,18 @@ def load_run(run: RunDirectory, config: Config) -> FinishedRun:
         if isinstance(config.tuning, Lora) and isinstance(config.tuning.init, LoftqInit):
             restore_base(model, directory, base, config.quantization, dtype)
         model = load(model, directory).eval()
-    return FinishedRun(config, directory, base, model, renderer, rows, has_validation, resolved, device)
+    return FinishedRun(config, directory, base, _as_trained(model, config), renderer, rows, has_validation, resolved, device)
 
 
 def _untuned(config: Config, base: Path, dtype: torch.dtype, device: torch.device, renderer: Renderer) -> Any:
     """The base as the run loaded it, with rows for the tokens that were added."""
     model = load_base(base, config.quantization, dtype, device)
     enlarge(model, token_ids(renderer.tokenizer, config.model.new_tokens))
+    return model
+
+
+def _as_trained(model: Any, config: Config) -> Any:
+    """``model`` computing with the kernels of the run, so that what is measured is what was validated while it trained."""
+    if config.train.kernels == "auto":
+        accelerate(model, config.tuning)
     return model

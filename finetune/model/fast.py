@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.config.schema import Full, Norm, Tuning
 from finetune.model import fast_lora, fast_norm
 from finetune.model.head import causal_model
 from finetune.model.packing import enable_packing
@@ -27,6 +28,7 @@ class Accelerated:
         return f"{'no padding' if self.packed else 'padded'}, {self.linears} LoRA layers and {self.norms} norms as one function each"
 
 
-def accelerate(model: Any) -> Accelerated:
-    """Switch on what ``model`` can run exactly."""
-    return Accelerated(enable_packing(causal_model(model)), fast_lora.install(model), fast_norm.install(model))
+def accelerate(model: Any, tuning: Tuning) -> Accelerated:
+    """Switch on what ``model`` can run exactly: the same for training and for whoever loads what was trained by ``tuning``."""
+    norms = 0 if isinstance(tuning, Full | Norm) else fast_norm.install(model)  # norms that train are left to the library
+    return Accelerated(enable_packing(causal_model(model)), fast_lora.install(model), norms)

@@ -83,7 +83,7 @@ def build_model(config: Config, materials: Materials, device: torch.device, resu
     name_base(model, public_name(config.model.id))
     if resolved.gradient_checkpointing.value:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    fast = accelerate(model) if config.train.kernels == "auto" else None
+    fast = accelerate(model, config.tuning) if config.train.kernels == "auto" else None
     if not isinstance(config.tuning, Lora):
         return Built(model, None, "default", fast)
     method = config.tuning.init.method

@@ -69,7 +69,6 @@ from finetune.config.load import load_config
 from finetune.config.schema import NoQuantization
 from finetune.finished import load_run
 from finetune.model.correction import Corrections
-from finetune.model.fast import accelerate
 from finetune.model.head import target_losses
 from finetune.model.load import load_base
 from finetune.model.quantize import roundtrip
@@ -97,8 +96,6 @@ with torch.no_grad():
     for name, (run, merged) in places.items():
         opened = open_run(Path(run))
         finished = load_run(opened, load_config(opened.config).config)
-        if finished.config.train.kernels == "auto":
-            accelerate(finished.model)
         found[f"{name}/tuned"] = target_losses(finished.model, *rows)
         model, using = finished.untrained()
         with using():
