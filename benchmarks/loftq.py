@@ -43,7 +43,7 @@ NF4 = FourBit(method="nf4")
 CPU = torch.device("cpu")
 ARMS = ((16, 1), (16, 5), (64, 1), (64, 5))
 """(rank, iterations)"""
-LAYERS = (2, 8, 16)
+LAYERS = (8, 32, 64)
 _BLOCK = 512
 _WIDTH = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 1000}
 
