@@ -37,7 +37,7 @@ $(VENV)/.dev: $(VENV)/.quickstart
 
 # --- the main job --------------------------------------------------------------------------------------------------------------------
 
-quickstart: $(RUN)/eval/results.json ## train, merge and evaluate on real medical facts (about seven minutes on two cores)
+quickstart: $(RUN)/eval/results.json ## train, merge and evaluate on real medical facts (under five minutes on two cores)
 	@$(BIN)/finetune report $(RUN)
 
 $(RUN)/adapter/MANIFEST.json: | $(VENV)/.quickstart
