@@ -124,7 +124,7 @@ def _fit(fit: Fit, padding: float, report: DataReport, width: int) -> Iterator[s
     yield "  training examples above " + ", ".join(f"{part}: {share:.1%}" for part, share in fit.above.items() if part != "100%")
     yield f"  training examples that fill it: {fit.above['100%']:.1%}; rows that did not fit: {fit.over_long:.1%}"
     yield "  " + view.wrapped(_longest(fit, report), _ADVICE_INDENT, width)
-    yield f"  padding: {padding:.1%} of the positions that training computes"
+    yield f"  padding: {padding:.1%} of the positions, where micro-batches are padded (train.kernels)"
 
 
 def _longest(fit: Fit, report: DataReport) -> str:
