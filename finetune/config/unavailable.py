@@ -64,8 +64,8 @@ KEYS: frozenset[str] = frozenset(
 """Keys that mean something elsewhere."""
 
 REASONS: dict[str, str] = {
-    "packing": "examples are laid end to end where the model allows it (train.kernels: auto); elsewhere sorted, so that padding is minimal",
-    "sample_packing": "examples are laid end to end where the model allows it (train.kernels: auto); elsewhere sorted, so that padding is minimal",
+    "packing": "examples are laid end to end where the model allows it (train.kernels: auto), elsewhere sorted by length",
+    "sample_packing": "examples are laid end to end where the model allows it (train.kernels: auto), elsewhere sorted by length",
     "group_by_length": "examples of a step are always sorted by length; the gradient does not depend on it",
     "trust_remote_code": "models that bring their own code are not run; use one that transformers knows",
     "deepspeed": "distributed.strategy is `auto` or `ddp`",
