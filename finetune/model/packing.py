@@ -28,7 +28,9 @@ def enable_packing(core: Any) -> bool:
     try:
         core.set_attn_implementation(NAME)
         exact = _is_exact(core)
-    except (NotImplementedError, TypeError, ValueError, RuntimeError):  # the model cannot be called so
+    except (NotImplementedError, TypeError, ValueError, RuntimeError):
+        # Raised inside the model's own code, on 24 tokens: a feature that packed attention refuses, a keyword that its forward does not
+        # take, a mask of another shape. Not an error of the run: it goes on padded, as the line `kernels` of its header says.
         exact = False
     if exact:
         _packed.add(core)
