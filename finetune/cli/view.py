@@ -22,7 +22,7 @@ _FIRST_PLACES = 3
 
 def show_error(error: FinetuneError) -> None:
     """Every problem of ``error`` in its parts; what is wrong in several places alike is said once."""
-    label = "stopped: " if isinstance(error, RunInterruptedError) else "error: "
+    label = "interrupted: " if isinstance(error, RunInterruptedError) else "error: "
     for same in _alike(error.problems):
         problem = same[0]
         err.print(Text(label, style="bold red") + Text(hanging(problem.what, len(label)), style="bold"), soft_wrap=True)
