@@ -44,7 +44,8 @@ def test_few_places_are_all_named(printed: io.StringIO) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "label"), [(FinetuneError("x"), "error: x"), (RunInterruptedError("by a signal", signal_number=15), "interrupted: by a signal")]
+    ("error", "label"),
+    [(FinetuneError("x"), "error: x"), (RunInterruptedError("by a signal", signal_number=15), "interrupted: by a signal")],
 )
 def test_an_interruption_is_no_error(printed: io.StringIO, error: FinetuneError, label: str) -> None:
     view.show_error(error)
