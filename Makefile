@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: bench-loftq help quickstart test test-fast check fix docs clean bench-data
+.PHONY: bench-startup bench-loftq help quickstart test test-fast check fix docs clean bench-data
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -69,6 +69,9 @@ check: $(VENV)/.dev ## style, types, layers, dead code, generated documents
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 	$(BIN)/python docs/build.py --check
+
+bench-startup: $(VENV)/.quickstart ## CPU seconds of the commands that should answer at once
+	$(BIN)/python benchmarks/startup.py
 
 bench-data: $(VENV)/.quickstart ## rows a second and memory of data preparation, into docs/benchmarks/data.json
 	$(BIN)/python benchmarks/data.py

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,7 +61,7 @@ def test_check_as_json(finetune: Run):
     assert json.loads(run.stdout)["valid"] is True
 
 
-def test_check_is_quick_and_loads_nothing_heavy(tmp_path: Path, good: Path):
+def test_check_loads_nothing_heavy(tmp_path: Path, good: Path):
     code = (
         "import sys\n"
         "from finetune.cli.app import main\n"
@@ -70,18 +69,12 @@ def test_check_is_quick_and_loads_nothing_heavy(tmp_path: Path, good: Path):
         "except SystemExit as stop:\n    assert not stop.code, stop.code\n"
         "heavy = {'torch', 'transformers', 'numpy', 'peft', 'accelerate', 'datasets', 'bitsandbytes', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
+        "assert len(sys.modules) < 700, len(sys.modules)\n"  # seconds are `make bench-startup`'s
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def cpu_seconds() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-c", code, "config", "check", str(good)]
-        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
-
-    assert min(cpu_seconds() for _ in range(4)) < 0.5  # the first run may compile; a busy machine only makes figures larger
+    command = [sys.executable, "-c", code, "config", "check", str(good)]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.usefixtures("good")

@@ -213,7 +213,7 @@ def test_c5_template_bombs_stop_at_once(name: str) -> None:
     started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError) as caught:
         render(BOMBS[name])
-    assert time.process_time() - started < 3, "about half a second at most on a machine that does nothing else"
+    assert time.process_time() - started < 60, "half a second on a machine that does nothing else; hours without a limit"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "in KiB"
     problem = caught.value.problems[0]
     assert problem.where == "a.jsonl:1" or problem.where.startswith("chat template")

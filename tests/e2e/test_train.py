@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -248,19 +247,17 @@ def test_a_malformed_line_is_named(finetune: Run, write_config: Write, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_help_is_quick_and_loads_no_torch() -> None:
-    code = "import sys, finetune.cli.app; heavy = {'torch', 'transformers', 'pydantic', 'rich'} & set(sys.modules); assert not heavy, heavy"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    for arguments in (["--help"], ["train", "--help"], ["eval", "--help"], ["merge", "--help"]):
-        # the least of several: what others do at the same time only ever adds to it
-        used = [cpu_seconds(arguments)]
-        while min(used) >= 0.4 and len(used) < 8:
-            used.append(cpu_seconds(arguments))
-        assert min(used) < 0.4, (arguments, used)
-
-
-def cpu_seconds(arguments: list[str]) -> float:
-    before = os.times()
-    subprocess.run([sys.executable, "-m", "finetune", *arguments], check=True, capture_output=True)
-    after = os.times()
-    return after.children_user - before.children_user + after.children_system - before.children_system
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["merge", "--help"]], ids=" ".join)
+def test_help_loads_little(arguments: list[str]) -> None:
+    """What makes it quick, counted: seconds are `make bench-startup`'s, since a busy machine would fail them."""
+    code = (
+        "import sys\nfrom finetune.cli.app import main\n"
+        f"sys.argv = ['finetune', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'peft', 'datasets', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert len(sys.modules) < 450, len(sys.modules)\n"  # 330 to 420 with rich, which draws the help
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    assert "Usage" in done.stdout
