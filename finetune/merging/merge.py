@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from finetune.errors import ConfigError, DataError, Problem, VerificationError
+from finetune.errors import Problem, VerificationError
+from finetune.merging.destination import REPORT, require_destination
 from finetune.merging.fold import DoesNotFitError, FoldReport, fold
 from finetune.merging.identity import require_identity
 from finetune.merging.inputs import MergeSource
-from finetune.merging.reload import Example, Measurement, Probe, measure
-from finetune.merging.verify import Parity, compare, device_of, kl_limit, measure_in_fresh_process
-from finetune.model.start import before_training
+from finetune.merging.reference import Reference, probe_of, reference_of
+from finetune.merging.reload import Example
+from finetune.merging.verify import Parity, compare, kl_limit, measure_in_fresh_process
 from finetune.runs import sealed_directory, write_json
 
-REPORT = "merge.json"
 GAIN_TO_KEEP = 0.99
 """Share of the validation gain that `auto` keeps."""
 
@@ -88,17 +87,6 @@ class MergeReport:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Reference:
-    """The adapter model's side of the comparison."""
-
-    model: Any
-    device: str
-    probe: Probe
-    trained: Measurement
-    loss_base: float
-
-
 def merge(model: Any, source: MergeSource, destination: Path, rows: Sequence[Example], options: MergeOptions | None = None) -> MergeReport:
     """Merge ``source`` into ``destination``, verified on ``rows`` against ``model``, the live PEFT model that it was trained as.
 
@@ -108,56 +96,15 @@ def merge(model: Any, source: MergeSource, destination: Path, rows: Sequence[Exa
     """
     options = options or MergeOptions()
     destination = destination.absolute()
-    _require_destination(destination, source, force=options.force)
-    probe = Probe.of(rows)
-    if not probe.compared.any():
-        raise DataError("no row has a supervised token, so that the merge cannot be verified", fix="give the run a validation set")
-    reference = _reference(model, source, probe)
+    require_destination(destination, (source.base_dir, source.adapter_dir), force=options.force)
+    reference = reference_of(model, source, probe_of(rows))
     with sealed_directory(destination) as temporary:
         report = _first_accepted(temporary, source, reference, options, destination)
         write_json(temporary / REPORT, report.as_json())
     return report
 
 
-def _require_destination(destination: Path, source: MergeSource, *, force: bool) -> None:
-    where = str(destination)
-    if destination.is_symlink():
-        raise ConfigError("the destination is a symbolic link", where=where, fix="name a directory")
-    inside = [path for path in (source.base_dir, source.adapter_dir) if destination.resolve().is_relative_to(path.resolve())]
-    inside += [path for path in (source.base_dir, source.adapter_dir) if path.resolve().is_relative_to(destination.resolve())]
-    if inside:
-        raise ConfigError(f"the destination overlaps with {inside[0]}, which is read", where=where, fix="name a directory elsewhere")
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
-        return
-    if not force:
-        raise ConfigError("the destination is not empty", where=where, fix="name a new directory, or replace an earlier merge with --force")
-    if not (destination / REPORT).is_file():
-        # --force replaces the whole directory: never one that something else wrote
-        raise ConfigError("the destination holds something other than a merged model", where=where, fix="name a new directory")
-
-
-def _reference(model: Any, source: MergeSource, probe: Probe) -> _Reference:
-    device = device_of(model)
-    with _computing(model, source, device):
-        trained = measure(model, probe, device)
-    with _computing(model, source, device), before_training(model, source.adapter_dir, loftq=source.loftq):
-        loss_base = measure(model, probe, device).loss
-    return _Reference(model, device, probe, trained, loss_base)
-
-
-def _computing(model: Any, source: MergeSource, device: str) -> AbstractContextManager[object]:
-    """How ``model`` runs: in the autocast of training where types are mixed that no product takes both of.
-
-    Those are whole copies of modules in another type than the base, and bf16 factors: most layers of PEFT cast for themselves, and AdaLoRA
-    on int8 casts its input alone. fp32 has no autocast.
-    """
-    dtype = source.compute_dtype
-    mixed = any(".modules_to_save." in name and parameter.dtype != dtype for name, parameter in model.named_parameters())
-    narrow = dtype != torch.float32 and source.adapter_dtype != torch.float32
-    return torch.autocast(torch.device(device).type, dtype) if mixed or narrow else nullcontext()
-
-
-def _first_accepted(temporary: Path, source: MergeSource, reference: _Reference, options: MergeOptions, destination: Path) -> MergeReport:
+def _first_accepted(temporary: Path, source: MergeSource, reference: Reference, options: MergeOptions, destination: Path) -> MergeReport:
     """Try the types from small to large until one passes; VerificationError with the figures of all where none does."""
     automatic = options.dtype == "auto"
     trials: list[Trial] = []
@@ -176,7 +123,7 @@ def _first_accepted(temporary: Path, source: MergeSource, reference: _Reference,
     )
 
 
-def _try(temporary: Path, source: MergeSource, reference: _Reference, name: str, options: MergeOptions) -> tuple[Trial, FoldReport | None]:
+def _try(temporary: Path, source: MergeSource, reference: Reference, name: str, options: MergeOptions) -> tuple[Trial, FoldReport | None]:
     """Write ``source`` in one type and measure it."""
     dtype = _DTYPES[name]
     try:

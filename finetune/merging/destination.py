@@ -1,0 +1,32 @@
+"""Where a merge or an export may be written: into a directory that is new, empty, or an earlier merge that --force replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from finetune.errors import ConfigError
+
+REPORT = "merge.json"
+"""The record in every directory that a merge, an export or a combination wrote."""
+
+
+def require_destination(destination: Path, read: Iterable[Path], *, force: bool) -> None:
+    """ConfigError where ``destination`` is a link, is taken, or overlaps with one of the directories that are ``read``."""
+    where = str(destination)
+    if destination.is_symlink():
+        raise ConfigError("the destination is a symbolic link", where=where, fix="name a directory")
+    inside = [
+        path
+        for path in read
+        if destination.resolve().is_relative_to(path.resolve()) or path.resolve().is_relative_to(destination.resolve())
+    ]
+    if inside:
+        raise ConfigError(f"the destination overlaps with {inside[0]}, which is read", where=where, fix="name a directory elsewhere")
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return
+    if not force:
+        raise ConfigError("the destination is not empty", where=where, fix="name a new directory, or replace an earlier merge with --force")
+    if not (destination / REPORT).is_file():
+        # --force replaces the whole directory: never one that something else wrote
+        raise ConfigError("the destination holds something other than a merged model", where=where, fix="name a new directory")
