@@ -108,16 +108,21 @@ def _mean_kl(left: Tensor, right: Tensor) -> float:
 
 def measure_in_fresh_process(directory: Path, probe: Probe, device: str = "cpu") -> Measurement:
     """Load ``directory`` with plain transformers in a new Python process and measure it; VerificationError where it does not load."""
+    return measured_by("finetune.merging.reload", directory, (), probe, device)
+
+
+def measured_by(module: str, directory: Path, settings: tuple[str, ...], probe: Probe, device: str) -> Measurement:
+    """What `python -m MODULE DIRECTORY PROBE RESULT DEVICE SETTINGS...` measures; VerificationError where it fails."""
     with tempfile.TemporaryDirectory(prefix="finetune-verify-") as folder:
         inputs, outputs = Path(folder, "probe.safetensors"), Path(folder, "result.safetensors")
         probe.save(inputs)
         # -P: the working directory's files must not be taken for modules
-        command = [sys.executable, "-P", "-m", "finetune.merging.reload", str(directory), str(inputs), str(outputs), device]
+        command = [sys.executable, "-P", "-m", module, str(directory), str(inputs), str(outputs), device, *settings]
         done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
         if done.returncode or not outputs.is_file():
             last = [line for line in done.stderr.splitlines() if line.strip()][-3:]
             raise VerificationError(
-                f"the merged model does not reload (exit {done.returncode})",
+                f"what was written does not reload (exit {done.returncode})",
                 where=str(directory),
                 fix="see the reason below; nothing was written to the destination",
                 excerpt="\n".join(last),
