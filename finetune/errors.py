@@ -4,6 +4,7 @@
     ├── ConfigError               2   the YAML file, an override, or a combination of keys
     ├── DataError                 3   a data file, a row, a chat template
     ├── HardwareError             4   memory, disk, a device or a library this machine lacks
+    │   └── WorkerLostError           another process of the same run, which says itself why it ended
     ├── DivergedError             5   a loss or gradient that is not finite
     ├── VerificationError         6   a checkpoint, an adapter or a merge that is not what it claims to be
     └── RunInterruptedError      130/143   SIGINT / SIGTERM, with a checkpoint saved
@@ -74,6 +75,10 @@ class HardwareError(FinetuneError):
     """This machine lacks the memory, disk, device or library that the run needs."""
 
     exit_code = 4
+
+
+class WorkerLostError(HardwareError):
+    """Another process of the run ended or cannot be reached; its own message says why."""
 
 
 class DivergedError(FinetuneError):

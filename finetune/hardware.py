@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import platform
+import re
 import warnings
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -72,6 +73,40 @@ def detect() -> Machine:
             torch.cuda.is_bf16_supported(including_emulation=False),
         )
     return Machine("cpu", _cpu_name(), os.cpu_count() or 1, _host_memory(), _cpu_has_bf16())
+
+
+def crowd_size() -> tuple[int, int]:
+    """(processes that train together, those of them on this machine), as the launcher has told this one."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return world, min(world, int(os.environ.get("LOCAL_WORLD_SIZE", str(world))))
+
+
+def adopt_srun() -> None:
+    """Translate what ``srun`` tells a task into what torch reads, where no other launcher has. One task a device.
+
+    A task is known by SLURM_STEP_NUM_TASKS: in a batch script itself SLURM_PROCID is set too, and would make it wait for nobody.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks < 2 or "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
+        return
+    here = os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)).split(",")[0].split("(")[0]
+    found = {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": here,
+        "MASTER_ADDR": _first_host(os.environ.get("SLURM_STEP_NODELIST", "")),
+        # the same for all tasks of a step, another for each step: two runs may share a node
+        "MASTER_PORT": str(20000 + (37 * int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", "0"))) % 20000),
+    }
+    for name, value in found.items():
+        os.environ.setdefault(name, value)
+
+
+def _first_host(nodes: str) -> str:
+    """``gpu[03-06,09],big1`` -> ``gpu03``; this machine where no node is named."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
+    return (match[1] + (match[2] or "") + match[3]) if match else "127.0.0.1"
 
 
 def _cpuinfo() -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from finetune.config import data_checks, group_checks, name_checks, optimizer_checks, schedule_checks, tuning_checks
+from finetune.config import data_checks, distributed_checks, group_checks, name_checks, optimizer_checks, schedule_checks, tuning_checks
 from finetune.config.finding import Finding
 from finetune.config.schema import Config
 
@@ -35,6 +35,7 @@ _CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     group_checks.groups,
     schedule_checks.warmup,
     schedule_checks.decay,
+    distributed_checks.strategy,
     data_checks.columns,
     data_checks.facts,
     data_checks.twice,

@@ -241,11 +241,14 @@ VALUES: dict[str, dict[str, str]] = {
     "tuning.targets": {"all": "all-linear", "linear": "all-linear", "all_linear": "all-linear", "attn": "attention", "ffn": "mlp"},
     "tuning.embeddings": {"train": "full", "none": "frozen", "tokens": "new-tokens"},
     "tuning.placement": {"houlsby": "both", "pfeiffer": "mlp"},
-    "distributed.strategy": {"none": "auto", "data-parallel": "ddp"},
+    "distributed.strategy": {"none": "auto", "data-parallel": "ddp", "fsdp2": "fsdp", "full-shard": "fsdp"},
 }
 """Path -> value elsewhere -> value here."""
 
+_ZERO = "DeepSpeed is not available; `fsdp` spreads the frozen weights, as ZeRO-3 does"
+
 REPHRASED: dict[str, dict[str, str]] = {
+    "distributed.strategy": dict.fromkeys(("deepspeed", "zero", "zero1", "zero2", "zero3"), _ZERO),
     "tuning.method": {
         "qlora": "QLoRA is `tuning: {method: lora}` over `quantization: {method: nf4}`",
         "rslora": "rsLoRA is `tuning: {method: lora, scaling: rslora}`",

@@ -18,6 +18,7 @@ from finetune.config.data import (
     Source,
     ValidationSplit,
 )
+from finetune.config.distributed import Distributed
 from finetune.config.optimizer import ROLES, Galore, Group, Optimizer, Schedule
 from finetune.config.section import Count, Positive, Section
 from finetune.config.tuning import (
@@ -54,6 +55,7 @@ __all__ = [
     "Config",
     "Data",
     "DefaultInit",
+    "Distributed",
     "EightBit",
     "EvaInit",
     "Evaluation",
@@ -237,13 +239,6 @@ class Evaluation(Section):
 
 
 # --- the rest ------------------------------------------------------------------------------------------------------------------------
-
-
-class Distributed(Section):
-    """How several devices share the work."""
-
-    strategy: Literal["auto", "ddp"] = "auto"
-    """`ddp`: every device holds the (quantized) model and works on its share of each batch."""
 
 
 class Tracking(Section):

@@ -18,7 +18,7 @@ VALUES: dict[str, frozenset[str]] = {
     "train.precision": frozenset({"fp16", "float16", "half", "fp8", "16"}),
     "quantization.compute_dtype": frozenset({"fp16", "float16", "fp8"}),
     "evaluation.tasks.0.task": frozenset({"generation", "choices", "harness", "lm-eval", "mmlu", "perplexity"}),
-    "distributed.strategy": frozenset({"fsdp", "fsdp2", "deepspeed", "zero", "zero2", "zero3", "tensor-parallel", "pipeline"}),
+    "distributed.strategy": frozenset({"tensor-parallel", "pipeline"}),
 }
 """Path -> values that mean something elsewhere."""
 
@@ -68,9 +68,9 @@ REASONS: dict[str, str] = {
     "sample_packing": "examples are laid end to end where the model allows it (train.kernels: auto), elsewhere sorted by length",
     "group_by_length": "examples of a step are always sorted by length; the gradient does not depend on it",
     "trust_remote_code": "models that bring their own code are not run; use one that transformers knows",
-    "deepspeed": "distributed.strategy is `auto` or `ddp`",
-    "fsdp": "distributed.strategy is `auto` or `ddp`",
-    "fsdp_config": "distributed.strategy is `auto` or `ddp`",
+    "deepspeed": "`distributed: {strategy: fsdp}` spreads the frozen weights, as ZeRO-3 does",
+    "fsdp": "set `distributed: {strategy: fsdp}`; its only other key is `offload`",
+    "fsdp_config": "set `distributed: {strategy: fsdp}`; its only other key is `offload`",
     "mlflow": "tracking knows `tensorboard` and `wandb`; metrics.jsonl is always written",
     "trackio": "tracking knows `tensorboard` and `wandb`; metrics.jsonl is always written",
     "comet": "tracking knows `tensorboard` and `wandb`; metrics.jsonl is always written",

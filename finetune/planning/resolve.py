@@ -7,10 +7,12 @@ from typing import Any, Generic, Literal, TypeVar
 
 from finetune.config.schema import Config, FourBit, Prefix
 from finetune.hardware import Machine
+from finetune.planning.strategy import Crowd, choose_strategy
 
 T = TypeVar("T")
 Precision = Literal["bf16", "fp32"]
 
+_BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
 _CPU_MICRO_BATCH_TOKENS = 1024
 _GPU_MICRO_BATCH_TOKENS = 8192
 
@@ -54,15 +56,16 @@ class Resolved:
         return asdict(self)
 
 
-def resolve(config: Config, machine: Machine) -> Resolved:
-    """Decide every "auto" of ``config`` for ``machine``."""
+def resolve(config: Config, machine: Machine, crowd: Crowd | None = None) -> Resolved:
+    """Decide every "auto" of ``config`` for ``machine``, which trains alone or in ``crowd``."""
     precision = _precision(config, machine)
+    compute_dtype = _compute_dtype(config, precision)
     return Resolved(
         precision=precision,
-        compute_dtype=_compute_dtype(config, precision),
+        compute_dtype=compute_dtype,
         tokens_per_device=_tokens(config, machine),
         gradient_checkpointing=_checkpointing(config, machine),
-        strategy=_strategy(config),
+        strategy=Choice(*choose_strategy(config, machine, _BYTES[compute_dtype.value], crowd or Crowd())),
         optimizer=_optimizer(config, machine),
     )
 
@@ -88,12 +91,6 @@ def _tokens(config: Config, machine: Machine) -> Choice[int]:
     if config.data.max_tokens > usual:
         return Choice(config.data.max_tokens, "one example of data.max_tokens must fit")
     return Choice(usual, f"enough to keep a {machine.kind} busy; larger micro-batches only cost memory")
-
-
-def _strategy(config: Config) -> Choice[str]:
-    if config.distributed.strategy != "auto":
-        return Choice(config.distributed.strategy, "stated in distributed.strategy")
-    return Choice("ddp", "every device holds the model and works on its share of each batch")
 
 
 def _optimizer(config: Config, machine: Machine) -> Choice[str]:

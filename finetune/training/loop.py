@@ -25,6 +25,7 @@ from finetune.planning.steps import Steps
 from finetune.scoring import Scorer
 from finetune.training.batching import dropout_seed, global_batch, micro_batches, share
 from finetune.training.checkpoints import Progress
+from finetune.training.distributed import idle_rounds, idle_scores, is_spread
 from finetune.training.groups import ParameterGroup
 from finetune.training.metrics import Evaluated, StepDone
 from finetune.training.optimizer import rate_factor, set_rates
@@ -49,9 +50,12 @@ class Session:
     save: Callable[[Progress], None]
     """Write a checkpoint."""
     parameters: dict[str, torch.nn.Parameter] = field(init=False)
+    spread: bool = field(init=False)
+    """Whether the blocks of the model are shared out, so that every device must run the same number of passes."""
 
     def __post_init__(self) -> None:
         self.parameters = trainable(self.scorer.model)
+        self.spread = is_spread(self.scorer.model)
 
 
 def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
@@ -104,6 +108,7 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
     pieces = micro_batches(indices, train.lengths, session.scorer.max_tokens, packed=session.scorer.packed)
     for number, piece in share(pieces, accelerator.process_index, accelerator.num_processes):
         loss += _backward(session, piece, dropout_seed(config.seed, step, number), supervised)
+    _keep_pace(session, pieces)
     if check_gradients:
         _require_gradients(session)
     if accelerator.num_processes > 1:
@@ -131,8 +136,15 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
     )
 
 
-def _backward(session: Session, piece: list[int], seed: int, supervised: int) -> torch.Tensor:
-    """Add one micro-batch's share of the gradient; returns its share of the loss, still on the device."""
+def _keep_pace(session: Session, pieces: list[list[int]]) -> None:
+    """Run the passes that other devices make besides, on one example and for nothing: a block is gathered by all or by none."""
+    if session.spread:
+        for _ in range(idle_rounds(pieces, session.accelerator.process_index, session.accelerator.num_processes)):
+            _backward(session, pieces[-1][-1:], 0, math.inf)
+
+
+def _backward(session: Session, piece: list[int], seed: int, supervised: float) -> torch.Tensor:
+    """Add one micro-batch's share of the gradient, in a step of ``supervised`` tokens; returns its share of the loss, on the device."""
     batch = collate([session.data.train[index] for index in piece]).to(session.scorer.device)
     torch.manual_seed(seed)
     with session.scorer.autocast():
@@ -178,7 +190,11 @@ def _validate(session: Session, progress: Progress) -> tuple[Progress, bool]:
 def _validation_loss(session: Session) -> float:
     """Mean nats a supervised token; every device scores its share, and all get one figure to decide by."""
     rank, world = session.accelerator.process_index, session.accelerator.num_processes
-    total, count = session.scorer.total_loss(session.data.validation[rank::world])
+    scorer, rows = session.scorer, session.data.validation
+    total, count = scorer.total_loss(rows[rank::world])
+    if session.spread:
+        for _ in range(idle_scores(rows.lengths.tolist(), scorer.max_tokens, rank, world, packed=scorer.packed)):
+            scorer.total_loss(rows[:1])
     if world > 1:
         sums = session.accelerator.reduce(torch.tensor([total, count], dtype=torch.float64, device=session.scorer.device), "sum")
         total, count = sums.tolist()

@@ -20,7 +20,7 @@ from finetune.data.prepare import PreparedData, prepare
 from finetune.data.render import Renderer
 from finetune.data.stored import save_rows
 from finetune.errors import ConfigError, HardwareError, VerificationError
-from finetune.hardware import detect, environment
+from finetune.hardware import crowd_size, detect, environment
 from finetune.model.adalora import plan_ranks
 from finetune.model.adapters import count_parameters, trainable
 from finetune.model.builtin import fingerprint, resolve_model
@@ -28,10 +28,12 @@ from finetune.model.load import load_tokenizer, require_vocabulary
 from finetune.model.tokens import token_ids
 from finetune.planning.resolve import Resolved, resolve
 from finetune.planning.steps import Steps, count_steps
+from finetune.planning.strategy import Crowd, read_weights
 from finetune.runs import RunDirectory, create_run, locked, open_run, read_json, require_free, sha256_of, sweep, write_json, write_text
 from finetune.scoring import Scorer
 from finetune.training.build import Built, Materials, build_model
 from finetune.training.checkpoints import Progress, load_checkpoint, rotate, save_checkpoint
+from finetune.training.distributed import explained, require_own_launch, require_shared
 from finetune.training.export import export
 from finetune.training.groups import ParameterGroup, assign_groups
 from finetune.training.loop import Session, fit
@@ -49,6 +51,7 @@ from finetune.training.metrics import (
 )
 from finetune.training.optimizer import build_optimizer
 from finetune.training.resume import identity, require_same
+from finetune.training.sharding import shard
 from finetune.training.signals import StopRequest, stop_on_signals
 from finetune.training.tracking import require_trackers, scalars, trackers
 
@@ -73,7 +76,8 @@ def gather(config: Config, progress: Callable[[str, int, int], None] = lambda *_
     base = resolve_model(config.model.id, config.model.revision)
     renderer = Renderer(load_tokenizer(base, config.model.new_tokens))
     data = prepare(config.data, renderer, config.seed, progress)
-    return Inputs(base, renderer, data, resolve(config, detect()), count_steps(config, len(data.train)))
+    crowd = Crowd(read_weights(base), *crowd_size())
+    return Inputs(base, renderer, data, resolve(config, detect(), crowd), count_steps(config, len(data.train)))
 
 
 def train(config: Config, observer: Observer = ignore, *, resume: bool = False) -> RunDirectory:
@@ -90,12 +94,13 @@ def train(config: Config, observer: Observer = ignore, *, resume: bool = False) 
         observer(AlreadyFinished(run.path))
         return run
     require_trackers(config.tracking)
+    require_own_launch()
     inputs = gather(config, lambda stage, done, of: observer(Preparing(stage, done, of)))
     if resume:
         inputs = replace(inputs, resolved=inputs.resolved.pinned(**read_json(run.environment)["computed_in"]))
     # Process groups exist only from here on: slow preparation on one rank cannot time out another (pitfall B4).
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    with stop_on_signals() as stop:
+    with explained(), stop_on_signals() as stop:
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
         set_seed(config.seed)  # before the model is built: the seed must reach the adapter's initialization (pitfall A13)
         # a run that was killed before its first checkpoint begins again, with the same initialization
         resumed = resume and bool(run.checkpoint_steps())
@@ -150,7 +155,11 @@ class _Parts:
 def _build(config: Config, inputs: Inputs, accelerator: Any, resumed: Path | None) -> _Parts:
     new_ids = token_ids(inputs.renderer.tokenizer, config.model.new_tokens)
     materials = Materials(inputs.base, inputs.resolved, new_ids, inputs.data.train)
-    built = build_model(config, materials, accelerator.device, resumed)
+    spread = inputs.resolved.strategy.value == "fsdp"
+    # a model that is to be spread need not fit on one device: it is built on the host
+    built = build_model(config, materials, torch.device("cpu") if spread else accelerator.device, resumed)
+    if spread:
+        shard(built.model, accelerator.device, accelerator.num_processes, offload=config.distributed.offload)
     if isinstance(config.tuning, AdaLora):
         plan_ranks(built.model, config.tuning, inputs.steps.total)
     require_vocabulary(inputs.renderer.tokenizer, built.model)
@@ -196,6 +205,7 @@ def _begin(run: RunDirectory, config: Config, parts: _Parts, *, resume: bool) ->
             | {"computed_in": inputs.resolved.types(), "rows_sha256": sha256_of(run.rows)},
         )
     parts.accelerator.wait_for_everyone()
+    require_shared(run.environment)
     return _Start(run, str(read_json(run.environment)["run_id"]), Progress())
 
 

@@ -240,7 +240,22 @@ TABLE = [
         "`tuning.method`",
         "`tuning: {method: full}` with `optimizer: {method: galore}`",
     ),
-    Bad("not yet: fsdp", BASE + "distributed: {strategy: fsdp}\n", "fsdp", "`distributed.strategy`", "is not available in this version"),
+    Bad(
+        "deepspeed",
+        BASE + "distributed: {strategy: deepspeed}\n",
+        "deepspeed",
+        "`distributed.strategy`",
+        "`fsdp` spreads the frozen weights",
+    ),
+    Bad(
+        "a spread model of frozen nothing",
+        MODEL + DATA + OUTPUT + "tuning: {method: full}\ndistributed: {strategy: fsdp}\n",
+        "strategy: fsdp",
+        "full tuning",
+        "method: lora",
+    ),
+    Bad("8 bits spread", BASE + "quantization: {method: int8}\ndistributed: {strategy: fsdp}\n", "strategy: fsdp", "8-bit weights", "nf4"),
+    Bad("nothing to offload", BASE + "distributed: {offload: true}\n", "offload", "`strategy` is auto", "strategy: fsdp"),
     Bad(
         "axolotl's tokens",
         BASE + "added_tokens: [a]\n",
