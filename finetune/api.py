@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 if TYPE_CHECKING:
     from finetune.analysis.analyze import Analysis
@@ -91,14 +91,20 @@ def evaluate(
     return measure(found, config, models, progress)
 
 
+class MergeSettings(TypedDict, total=False):
+    """Further arguments of `merge`; each means what `finetune.merging.merge.MergeOptions` says of it."""
+
+    dtype: Literal["auto", "bf16", "fp16", "fp32"]
+    rounding: Literal["nearest", "stochastic"]
+    seed: int
+    compare_dtypes: bool
+    compare_bases: bool
+    force: bool
+    progress: Callable[[int, int], None] | None
+
+
 def merge(
-    run: Path,
-    destination: Path,
-    *,
-    base: Literal["dequantized", "original"] = "dequantized",
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
-    force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    run: Path, destination: Path, *, base: Literal["dequantized", "original"] = "dequantized", **settings: Unpack[MergeSettings]
 ) -> MergeReport:
     """Fold a finished run's adapter into its base and prove the result by reloading it."""
     from finetune.runs import open_run
@@ -109,7 +115,7 @@ def merge(
     from finetune.merging.merge import MergeOptions
     from finetune.merging.merge_run import merge_run
 
-    return merge_run(found, config, destination, base=base, options=MergeOptions(dtype=dtype, force=force, progress=progress))
+    return merge_run(found, config, destination, base=base, options=MergeOptions(**settings))
 
 
 def analyze(runs: Sequence[Path], plot: Path | None = None, progress: Callable[[str, int], None] = lambda *_: None) -> Analysis:

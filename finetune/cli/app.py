@@ -12,12 +12,12 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from finetune import __version__, api
-from finetune.cli import analyze_command, config_commands, data_commands
+from finetune.cli import analyze_command, config_commands, data_commands, merge_command
 from finetune.cli.options import ConfigPath, Json, Overrides, RunPath
 from finetune.errors import ConfigError, DataError, FinetuneError, RunInterruptedError
 
@@ -110,38 +110,7 @@ def evaluate(
     view.path(f"\nmeasured in {results.seconds:.0f} s; figures in {run / 'eval' / 'results.json'}, page in {page}")
 
 
-@app.command()
-def merge(
-    run: RunPath,
-    output: Annotated[Path, typer.Option("-O", "--output", metavar="DIR", help="Directory to write; must be new or empty.")],
-    base: Annotated[
-        Literal["dequantized", "original"],
-        typer.Option("--base", help="What the adapter is added to: the base it was trained on, or the unquantized original."),
-    ] = "dequantized",
-    dtype: Annotated[
-        Literal["auto", "bf16", "fp16", "fp32"],
-        typer.Option("--dtype", help="Type of the weights. auto: the smallest that keeps 99 % of what was learned."),
-    ] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier merge in DIR.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Fold the adapter of RUN into its base as DIR, which plain transformers loads; prints DIR last.
-
-    DIR is reloaded in a fresh process and compared with the adapter model on validation rows.
-    Where they differ, nothing is written and the exit code is 6.
-    """
-    from finetune.cli import view
-
-    with view.counting("merging") as advance:
-        done = api.merge(run, output, base=base, dtype=dtype, force=force, progress=lambda *_: advance("tensors", 1))
-    api.report(run)
-    view.show_merge(done)
-    if as_json:
-        _print_json({"destination": str(output), **done.as_json()})
-    else:
-        _print_path("merged", output, as_json=False)
-
-
+app.command("merge")(merge_command.merge)
 app.command("analyze")(analyze_command.analyze)
 
 

@@ -188,28 +188,6 @@ def show_results(results: Any) -> None:
     show_samples(results.samples)
 
 
-_FEW_POSITIONS = 100
-
-
-def show_merge(report: Any) -> None:
-    """What was written and how close it is to the adapter model, on stderr."""
-    parity = report.parity
-    meaning = "the base it was trained on" if report.base == "dequantized" else "the original base, which is not the one that was evaluated"
-    note(
-        f"merged onto {meaning}: {report.fold.updated} tensors updated, {report.fold.size / 2**20:.0f} MiB in {report.fold.shards} file(s)"
-    )
-    for trial in report.trials:
-        note(f"  {'wrote' if trial.accepted else 'tried'} {trial.dtype}: {trial.reason}")
-    note(
-        f"verified by reloading, on {parity.positions:,} positions: largest logit difference {parity.max_logit_difference:.3g}, mean KL "
-        f"{parity.mean_kl:.2g}, same arg-max {parity.argmax_agreement:.2%}, loss {parity.loss_adapter:.4f} -> {parity.loss_merged:.4f}"
-    )
-    if parity.positions < _FEW_POSITIONS:
-        note(
-            f"  {parity.positions} positions are few: the shares above are noise; each weight was compared with the adapter model's besides"
-        )
-
-
 def show_places(places: Mapping[str, Any]) -> None:
     """Where things lie."""
     out.print()

@@ -6,6 +6,11 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 
+from finetune.data.records import Text
+from finetune.data.render import Example, Renderer
+
+_BLOCK = 512
+
 
 @dataclass(frozen=True, slots=True)
 class GeneralQuestion:
@@ -19,6 +24,16 @@ class GeneralQuestion:
 def general_text() -> str:
     """About 2,000 tokens (8,600 characters) of plain English in paragraphs, which no model was trained on."""
     return (resources.files("finetune.data") / "texts" / "general.txt").read_text(encoding="utf-8")
+
+
+def general_blocks(renderer: Renderer) -> list[Example]:
+    """The general text in pieces of at most 512 tokens; each piece's first token is context only."""
+    ids = renderer.example(Text(general_text(), "general text")).ids
+    return [_piece(ids[start : start + _BLOCK]) for start in range(0, len(ids) - 1, _BLOCK)]
+
+
+def _piece(ids: tuple[int, ...]) -> Example:
+    return Example(ids, (False, *(True for _ in ids[1:])), "general text")
 
 
 def general_questions() -> tuple[GeneralQuestion, ...]:

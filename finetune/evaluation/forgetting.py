@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from finetune.data.formats import Message, Text
-from finetune.data.general import general_questions, general_text
-from finetune.data.render import Example, Renderer
+from finetune.data.formats import Message
+from finetune.data.general import general_blocks, general_questions
+from finetune.data.render import Renderer
 from finetune.evaluation.choices import Item, judge
 from finetune.evaluation.results import Measurement
 from finetune.scoring import Scorer
 
-_BLOCK = 512
-
 
 def measure(scorer: Scorer, renderer: Renderer, advance: Callable[[int], None] = lambda _: None) -> Measurement:
     """Loss of the general text and accuracy on the general questions; neither should get worse."""
-    blocks = _blocks(renderer.example(Text(general_text(), "general text")))
+    blocks = general_blocks(renderer)
     items = [
         Item((Message("user", question.question),), (question.answer, *question.distractors), question.answer)
         for question in general_questions()
@@ -27,13 +25,3 @@ def measure(scorer: Scorer, renderer: Renderer, advance: Callable[[int], None] =
         judged = judge(scorer, renderer, items, advance)
         values["general questions: four-way choice", "share", len(items), "same"] = sum(one.is_right() for one in judged) / len(judged)
     return Measurement(values, {})
-
-
-def _blocks(text: Example) -> list[Example]:
-    """The text in pieces of at most 512 tokens; each piece's first token is context only."""
-    starts = range(0, len(text.ids) - 1, _BLOCK)
-    return [_piece(text.ids[start : start + _BLOCK]) for start in starts]
-
-
-def _piece(ids: tuple[int, ...]) -> Example:
-    return Example(ids, (False, *(True for _ in ids[1:])), "general text")

@@ -24,14 +24,11 @@ from finetune.merging.adapter import located
 from finetune.merging.companions import copy_companions, read_model_config, write_index, write_model_config
 from finetune.merging.fitting import require_fitting, settle_tie, unties, with_new_rows
 from finetune.merging.inputs import Inputs, MergeSource, open_inputs
+from finetune.merging.rounding import Rounding, rounded
 from finetune.merging.updates import Update
 from finetune.model.quantize import roundtrip
 from finetune.model.shards import ShardWriter, Slot
 from finetune.model.tokens import enlarged
-
-
-class DoesNotFitError(VerificationError):
-    """A merged value is beyond the range of the type it was to be written in; a wider type may do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +57,20 @@ class _Output:
     slot: Slot
 
 
-def fold(source: MergeSource, destination: Path, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None) -> FoldReport:
+def fold(
+    source: MergeSource,
+    destination: Path,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+) -> FoldReport:
     """Write the merged model into the empty or missing directory ``destination``, its floating-point tensors in ``dtype``.
 
-    The output has the base's shards, loads with plain transformers, and carries tokenizer and chat template of the adapter directory,
-    or else of the base. ``progress`` is called with (tensors done, of). VerificationError where a file is damaged, a tensor of the
-    adapter is not used exactly once, a feature is not understood, or a value does not fit ``dtype``; the directory is then incomplete,
-    and `merge` removes it.
+    ``rounding`` and ``seed`` say how values between two of the type's own are written (`finetune.merging.rounding`). The output has the
+    base's shards, loads with plain transformers, and carries tokenizer and chat template of the adapter directory, or else of the base.
+    ``progress`` is called with (tensors done, of). VerificationError where a file is damaged, a tensor of the adapter is not used exactly
+    once, a feature is not understood, or a value does not fit ``dtype``; the directory is then incomplete, and `merge` removes it.
     """
     config = read_model_config(source.base_dir)
     with ExitStack() as stack:
@@ -81,7 +85,7 @@ def fold(source: MergeSource, destination: Path, dtype: torch.dtype, progress: C
         for file, outputs in plan.items():
             with ShardWriter(destination / file, {name: output.slot for name, output in outputs.items()}) as writer:
                 for name, output in outputs.items():
-                    writer.write(name, _cast(_merged(inputs, name, output.source), output.slot.dtype, name))
+                    writer.write(name, rounded(_merged(inputs, name, output.source), output.slot.dtype, name, rounding, seed))
                     done += 1
                     if progress:
                         progress(done, total)
@@ -89,7 +93,7 @@ def fold(source: MergeSource, destination: Path, dtype: torch.dtype, progress: C
     size = write_index(destination, {file: {name: out.slot for name, out in outputs.items()} for file, outputs in plan.items()})
     rows = next((output.slot.shape[0] for outputs in plan.values() for name, output in outputs.items() if name == layout.embedding), None)
     write_model_config(destination, config, dtype, untied=untied, rows=rows if source.new_ids else None)
-    copy_companions(source.base_dir, source.adapter_dir, destination)
+    copy_companions(source.base_dir, source.adapter_dir, destination, source.end_ids)
     changed = {name for outputs in plan.values() for name in outputs} & adapter.touched(inputs.weights.info)
     requantized = len(layout.quantized) if source.base == "dequantized" else 0
     return FoldReport(dtype, len(plan), total, len(changed), requantized, untied, size)
@@ -173,12 +177,3 @@ def _updated(inputs: Inputs, name: str, values: Tensor, update: Update) -> Tenso
         if part == "bias":
             return update.on_weight(values[:, None], take, lambda found: found)[:, 0]
         return update.on_weight(values, take, corrected)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    cast = tensor.to(dtype)
-    if cast.is_floating_point() and not cast.isfinite().all():
-        if not tensor.isfinite().all():
-            raise VerificationError(f"{name} holds NaN or infinity", where="the merged weights", fix="check the base model's files")
-        raise DoesNotFitError(f"{name} has values that do not fit {dtype}", where="the merged weights", fix="merge with --dtype bf16")
-    return cast

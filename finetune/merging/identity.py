@@ -1,13 +1,16 @@
-"""Whether merged files hold the weights of a live adapter model, compared tensor by tensor.
+"""Whether merged files hold the weights of a live adapter model: tensor by tensor, at random rows.
 
 Logits in bf16 are noisy: two right merges of a short run lie 0.01 nats apart. The weights are not. This comparison takes the base from the
-live model's own memory and the update from PEFT's own formula, so it also notices a base that was rebuilt wrongly.
+live model's own memory and the update from PEFT's own formula, so it also notices a base that was rebuilt wrongly. The
+rows are taken while the model lives and compared when it is gone, so that it and the merged model are never in memory together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor
 
 from finetune.errors import VerificationError
+from finetune.merging.rounding import Rounding, rounded_rows
 from finetune.model.bias import TrainedBias
 from finetune.model.quantize import dequantized, is_quantized
 from finetune.model.weights import Weights
@@ -31,22 +35,60 @@ _TOLERANCE = {torch.bfloat16: 2e-4, torch.float16: 1e-4, torch.float32: 1e-5}
 """Relative error of a matrix against the live one in the same type: the rare elements that another order of sums rounds the other way.
 The update of a short run is 1e-3 of its weight and more, so one that is missing or doubled is noticed."""
 
+_BYTES = 1 << 20
+"""Bytes of a weight, in fp32, that are compared."""
+_FEWEST_ROWS, _MOST_ROWS = 8, 64
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRows:
+    """Rows of a weight that the adapter of a live model touches, kept when the model is gone."""
+
+    name: str
+    """Of the weight in the merged model."""
+    places: Tensor
+    """(n,) int64: which rows"""
+    values: Tensor
+    """(n, ...) on the CPU, in the type that the model holds them in: fp32 where a product of factors is added"""
+
 
 @torch.no_grad()
-def require_identity(model: Any, directory: Path, compute_dtype: torch.dtype) -> float:
-    """Largest relative error ||written - rounded live|| / ||live|| over the tensors that the adapter of ``model`` touches.
+def live_rows(model: Any, compute_dtype: torch.dtype) -> tuple[LiveRows, ...]:
+    """Rows of everything that the adapter of ``model`` touches: the whole of small tensors, a random choice of 8 to 64 rows of others
+    (and all rows that were trained as rows). At most 1 MiB a tensor, so that a 70B model takes half a gigabyte."""
+    found = []
+    for name, value, trained in _live_weights(model, compute_dtype):
+        places = _chosen(name, value, trained).to(value.device)
+        found.append(LiveRows(name, places.cpu(), value[places].cpu().clone()))
+    return tuple(found)
 
-    ``directory`` is merged onto the dequantized base. VerificationError where the error of one exceeds the rounding of its type.
+
+def _chosen(name: str, value: Tensor, trained: Sequence[int]) -> Tensor:
+    """(n,) int64: the rows of ``value`` that are compared, among them those ``trained``."""
+    count = len(value)
+    if value.numel() * 4 <= _BYTES or value.ndim == 1:
+        return torch.arange(count)
+    kept = max(_FEWEST_ROWS, min(_MOST_ROWS, _BYTES // (4 * value[0].numel())))
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))[:kept]
+    return torch.tensor(sorted({*drawn.tolist(), *trained}), dtype=torch.int64)
+
+
+@torch.no_grad()
+def require_rows(rows: Iterable[LiveRows], directory: Path, rounding: Rounding = "nearest", seed: int = 0) -> float:
+    """Largest relative error ||written - rounded live|| / ||live|| over the ``rows`` of each tensor.
+
+    ``directory`` is merged onto the dequantized base with that ``rounding``. VerificationError where the error of one exceeds the rounding
+    of its type.
     """
     worst = 0.0
     with Weights.of_model(directory) as weights:
-        for name, live in _live_weights(model, compute_dtype):
-            written = weights.read(name)
-            difference = written.to(live.device).float() - live.to(written.dtype).float()
-            error = float(difference.norm() / live.float().norm().clamp_min(1e-30))
+        for live in rows:
+            written = weights.read(live.name)[live.places]
+            expected = rounded_rows(live.values, live.places, written.dtype, live.name, rounding, seed)
+            error = float((written.float() - expected.float()).norm() / live.values.float().norm().clamp_min(1e-30))
             if not error <= _TOLERANCE[written.dtype]:
                 raise VerificationError(
-                    f"{name} differs from the adapter model's weight by {error:.2g} of its norm",
+                    f"{live.name} differs from the adapter model's weight by {error:.2g} of its norm",
                     where=str(directory),
                     fix="merge with the base model, quantization and dtype of the run",
                 )
@@ -54,8 +96,13 @@ def require_identity(model: Any, directory: Path, compute_dtype: torch.dtype) ->
     return worst
 
 
-def _live_weights(model: Any, compute_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Name in the merged model and value of everything the adapter touches."""
+def require_identity(model: Any, directory: Path, compute_dtype: torch.dtype) -> float:
+    """`require_rows` of a live ``model``."""
+    return require_rows(live_rows(model, compute_dtype), directory)
+
+
+def _live_weights(model: Any, compute_dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Sequence[int]]]:
+    """Name in the merged model and value of everything the adapter touches, and the rows of it that were trained apart from the others."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     copies: set[int] = set()
     for name, module in core.named_modules():
@@ -63,16 +110,17 @@ def _live_weights(model: Any, compute_dtype: torch.dtype) -> Iterator[tuple[str,
         for part, value in whole.items():
             if value.data_ptr() not in copies:  # a tied pair that trained as one is written once
                 copies.add(value.data_ptr())
-                yield f"{name}.{part}", value
+                yield f"{name}.{part}", value, ()
         match module:
             case LoraLayer() | VeraLayer():
-                yield f"{name}.weight", _updated(module, compute_dtype)
+                yield f"{name}.weight", _updated(module, compute_dtype), ()
             case IA3Layer():
-                yield from ((f"{name}.{part}", value) for part, value in _scaled(module, compute_dtype).items())
+                yield from ((f"{name}.{part}", value, ()) for part, value in _scaled(module, compute_dtype).items())
             case TrainableTokensWrapper() if module.token_adapter.tied_adapter is None:
-                yield f"{name}.weight", module.token_adapter.get_merged_weights([_ADAPTER])
+                trained = module.token_adapter
+                yield f"{name}.weight", trained.get_merged_weights([_ADAPTER]), trained.token_indices[_ADAPTER]
             case TrainedBias():
-                yield f"{name.rpartition('.')[0]}.bias", module.bias
+                yield f"{name.rpartition('.')[0]}.bias", module.bias, ()
 
 
 def _whole_copies(module: Any) -> dict[str, Tensor]:

@@ -1,34 +1,30 @@
 """`merge`: an adapter and its base become one model directory, proven to behave like the adapter model, or nothing at all.
 
-The output is written to a temporary sibling, reloaded by plain transformers in a fresh process, compared with the live adapter model, and
-only then renamed to its destination.
+The output is written to a temporary sibling, reloaded by plain transformers in a fresh process, compared with what the adapter model
+computed, and only then renamed to its destination.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from finetune.errors import Problem, VerificationError
+from finetune.merging.bases import BaseFigures, compare_bases, why_base
 from finetune.merging.destination import REPORT, require_destination
-from finetune.merging.fold import DoesNotFitError, FoldReport, fold
-from finetune.merging.identity import require_identity
+from finetune.merging.fold import FoldReport
 from finetune.merging.inputs import MergeSource
 from finetune.merging.reference import Reference, probe_of, reference_of
 from finetune.merging.reload import Example
-from finetune.merging.verify import Parity, compare, kl_limit, measure_in_fresh_process
+from finetune.merging.rounding import Rounding
+from finetune.merging.trials import Candidate, Dtype, DtypeChoice, Trial, attempt, candidates
+from finetune.merging.verify import Parity
 from finetune.runs import sealed_directory, write_json
 
-GAIN_TO_KEEP = 0.99
-"""Share of the validation gain that `auto` keeps."""
-
-DtypeChoice = Literal["auto", "bf16", "fp16", "fp32"]
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_CANDIDATE = ".candidate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +33,21 @@ class MergeOptions:
 
     dtype: DtypeChoice = "auto"
     """`auto`: the smallest of bf16, fp16 and fp32 that keeps 99 % of the validation gain."""
+    rounding: Rounding = "nearest"
+    """How values between two of the type's are written."""
+    seed: int = 0
+    """Of stochastic rounding."""
+    compare_dtypes: bool = False
+    """Whether every type and rounding is written and measured, not only those up to the one that is kept."""
+    compare_bases: bool = False
+    """Whether the merge onto the other base is written and measured too; needs a reference with general text."""
     force: bool = False
     """Whether an earlier merge at the destination may be replaced."""
     progress: Callable[[int, int], None] | None = None
     """Called with (tensors done, of) for each type that is tried."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One type that was written and measured."""
-
-    dtype: str
-    accepted: bool
-    reason: str
-    """Why it was accepted or not, in a sentence."""
-    parity: Parity | None
-    """None where it could not be written or loaded."""
-    identity: float | None
-    """Largest relative error of a merged weight against the live one; None on the original base."""
-
-    def as_json(self) -> dict[str, object]:
-        """For `merge.json`."""
-        return {**asdict(self), "parity": self.parity.as_json() if self.parity else None}
+    finish: Callable[[Path, Reference, MergeReport], Mapping[str, object]] | None = None
+    """Called with the verified directory before it is sealed: it may rewrite its files, as an export to another format does, or raise.
+    What it returns stands in `merge.json` as `export`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +56,36 @@ class MergeReport:
 
     destination: Path
     base: str
-    dtype: str
+    dtype: Dtype
     """The type that was chosen."""
+    rounding: Rounding
     reason: str
     parity: Parity
     fold: FoldReport
+    why_base: str
+    """Why the update was added to this base, in a line."""
     trials: tuple[Trial, ...]
     """Every type that was tried, in order."""
+    bases: tuple[BaseFigures, ...] = ()
+    """The merge onto either base, where they were compared."""
+
+    @property
+    def chosen(self) -> Trial:
+        """The trial that was kept."""
+        return next(trial for trial in self.trials if trial.parity is self.parity)
 
     def as_json(self) -> dict[str, object]:
         """The content of `merge.json`."""
         return {
             "base": self.base,
+            "why_base": self.why_base,
             "dtype": self.dtype,
+            "rounding": self.rounding,
             "reason": self.reason,
             "parity": self.parity.as_json(),
             "fold": {**asdict(self.fold), "dtype": self.dtype},
             "trials": [trial.as_json() for trial in self.trials],
+            "bases": [asdict(figures) for figures in self.bases],
         }
 
 
@@ -91,30 +93,50 @@ def merge(model: Any, source: MergeSource, destination: Path, rows: Sequence[Exa
     """Merge ``source`` into ``destination``, verified on ``rows`` against ``model``, the live PEFT model that it was trained as.
 
     ``model`` is in eval mode on its restored base. ``rows`` should be validation rows: the loss is taken over all their supervised tokens.
-    Raises ConfigError where the destination is taken or unfit, DataError where no row has a supervised token, VerificationError where the
-    adapter, the base or the result is not what it must be, HardwareError where the disk is full; the destination is then as it was.
+    Raises DataError where no row has a supervised token, and what `merge_measured` does.
     """
-    options = options or MergeOptions()
+    require_destination(destination.absolute(), (source.base_dir, source.adapter_dir), force=bool(options and options.force))
+    return merge_measured(reference_of(model, source, probe_of(rows)), source, destination, options or MergeOptions())
+
+
+def merge_measured(reference: Reference, source: MergeSource, destination: Path, options: MergeOptions) -> MergeReport:
+    """Merge ``source`` into ``destination``, verified against ``reference``; the model that this was measured on may be gone.
+
+    Raises ConfigError where the destination is taken or unfit, VerificationError where the adapter, the base or the result is not what it
+    must be, HardwareError where the disk is full; the destination is then as it was.
+    """
     destination = destination.absolute()
     require_destination(destination, (source.base_dir, source.adapter_dir), force=options.force)
-    reference = reference_of(model, source, probe_of(rows))
     with sealed_directory(destination) as temporary:
         report = _first_accepted(temporary, source, reference, options, destination)
-        write_json(temporary / REPORT, report.as_json())
+        if options.compare_bases:
+            figures = compare_bases(temporary, temporary / _CANDIDATE, source, reference, report.dtype)
+            report = replace(report, bases=figures)
+        export = {"export": dict(options.finish(temporary, reference, report))} if options.finish else {}
+        write_json(temporary / REPORT, report.as_json() | export)
     return report
 
 
 def _first_accepted(temporary: Path, source: MergeSource, reference: Reference, options: MergeOptions, destination: Path) -> MergeReport:
-    """Try the types from small to large until one passes; VerificationError with the figures of all where none does."""
-    automatic = options.dtype == "auto"
+    """Try the types from small to large until one passes, which is left in ``temporary``; VerificationError with the figures of all where
+    none does."""
+    automatic, folder = options.dtype == "auto", temporary / _CANDIDATE
     trials: list[Trial] = []
-    for name in _DTYPES if automatic else [options.dtype]:
-        shutil.rmtree(temporary)
-        temporary.mkdir()
-        trial, written = _try(temporary, source, reference, name, options)
+    found: MergeReport | None = None
+    for candidate in candidates(options.dtype, options.rounding, options.seed, every=options.compare_dtypes):
+        if found and not options.compare_dtypes:
+            break
+        folder.mkdir()
+        trial, written = attempt(folder, source, reference, candidate, options.progress, automatic=automatic)
         trials.append(trial)
-        if trial.accepted and trial.parity and written:
-            return MergeReport(destination, source.base, name, trial.reason, trial.parity, written, tuple(trials))
+        if found is None and _is_wanted(candidate, options) and trial.accepted and trial.parity and written:
+            why = why_base(source.base, quantized=source.quantization.method != "none")
+            found = MergeReport(destination, source.base, trial.dtype, trial.rounding, trial.reason, trial.parity, written, why, ())
+            for path in folder.iterdir():
+                path.rename(temporary / path.name)
+        shutil.rmtree(folder)
+    if found:
+        return replace(found, trials=tuple(trials))
     raise VerificationError.from_problems(
         Problem(
             f"merged as {trial.dtype}: {trial.reason}", str(source.adapter_dir), "see the run's quantization and base; nothing was written"
@@ -123,37 +145,6 @@ def _first_accepted(temporary: Path, source: MergeSource, reference: Reference, 
     )
 
 
-def _try(temporary: Path, source: MergeSource, reference: Reference, name: str, options: MergeOptions) -> tuple[Trial, FoldReport | None]:
-    """Write ``source`` in one type and measure it."""
-    dtype = _DTYPES[name]
-    try:
-        written = fold(source, temporary, dtype, options.progress)
-    except DoesNotFitError as error:
-        return Trial(name, False, error.problems[0].what, None, None), None
-    try:
-        identity = require_identity(reference.model, temporary, source.compute_dtype) if source.base == "dequantized" else None
-    except VerificationError as error:
-        # a wider type may hold what this one rounds away: it is tried next
-        return Trial(name, False, error.problems[0].what, None, None), None
-    parity = compare(reference.trained, measure_in_fresh_process(temporary, reference.probe, reference.device), reference.loss_base)
-    reason = _refusal(parity, source, dtype, automatic=options.dtype == "auto")
-    return Trial(name, reason is None, reason or _acceptance(parity, name), parity, identity), written
-
-
-def _refusal(parity: Parity, source: MergeSource, dtype: torch.dtype, *, automatic: bool) -> str | None:
-    """Why a merge is not good enough; None where it is."""
-    # the original base is another model by intent: how much of the gain it keeps decides, not the distance
-    computed = torch.bfloat16 if source.adapter_dtype == torch.bfloat16 else source.compute_dtype
-    limit = kl_limit(dtype, computed, source.quantization.method) if source.base == "dequantized" else float("inf")
-    found = parity.violations(limit)
-    if found:
-        return "; ".join(problem.what for problem in found)
-    if automatic and dtype != torch.float32 and parity.gain_kept is not None and parity.gain_kept < GAIN_TO_KEEP:
-        return f"it keeps {parity.gain_kept:.1%} of the validation gain, less than {GAIN_TO_KEEP:.0%}"
-    return None
-
-
-def _acceptance(parity: Parity, name: str) -> str:
-    if parity.gain_kept is None:
-        return f"{name} agrees with the adapter model (KL {parity.mean_kl:.2g}); training gained too little to tell what share is kept"
-    return f"{name} keeps {parity.gain_kept:.1%} of the validation gain"
+def _is_wanted(candidate: Candidate, options: MergeOptions) -> bool:
+    """Whether ``candidate`` may be kept, or is measured for comparison alone."""
+    return options.dtype in ("auto", candidate.dtype) and candidate.rounding in (options.rounding, "nearest" if candidate.is_exact else "")

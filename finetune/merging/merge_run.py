@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
-from finetune.config.schema import Config, Full, Houlsby, Prefix, Prompt
+import torch
+
+from finetune.config.schema import Config, Full, Houlsby, NoQuantization, Prefix, Prompt
+from finetune.data.general import general_blocks
 from finetune.errors import ConfigError
 from finetune.finished import load_run
+from finetune.merging.destination import require_destination
 from finetune.merging.inputs import Base, MergeSource
-from finetune.merging.merge import MergeOptions, MergeReport, merge
+from finetune.merging.merge import MergeOptions, MergeReport, merge_measured
+from finetune.merging.reference import Reference, probe_of, reference_of
+from finetune.merging.reload import Probe
 from finetune.model.load import DTYPES
 from finetune.model.tokens import token_ids
 from finetune.runs import RunDirectory, write_json
@@ -22,6 +29,20 @@ def merge_run(run: RunDirectory, config: Config, destination: Path, *, base: Bas
     if isinstance(config.tuning, Full):
         raise ConfigError("full tuning leaves a whole model: there is nothing to merge", where=str(run.path), fix=f"use {run.model}")
     _require_mergeable(run, config)
+    if options.compare_bases and isinstance(config.quantization, NoQuantization):
+        raise ConfigError("there is one base only: the run's was not quantized", where=str(run.path), fix="merge without --compare-bases")
+    source, reference = _measured(run, config, destination, base, options)
+    # the adapter model is gone: it and the merged one, which a process of its own loads, would fill the memory or the GPU together
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    report = merge_measured(reference, source, destination, options)
+    write_json(run.path / "merge.json", {"destination": str(report.destination), **report.as_json()})
+    return report
+
+
+def _measured(run: RunDirectory, config: Config, destination: Path, base: Base, options: MergeOptions) -> tuple[MergeSource, Reference]:
+    """What is merged, and what its adapter model computes."""
     finished = load_run(run, config)
     source = MergeSource(
         finished.base,
@@ -34,9 +55,9 @@ def merge_run(run: RunDirectory, config: Config, destination: Path, *, base: Bas
         new_ids=token_ids(finished.renderer.tokenizer, config.model.new_tokens),
         device=finished.device.type,
     )
-    report = merge(finished.model, source, destination, finished.rows[:_ROWS], options)
-    write_json(run.path / "merge.json", {"destination": str(report.destination), **report.as_json()})
-    return report
+    require_destination(destination.absolute(), (source.base_dir, source.adapter_dir), force=options.force)
+    general = Probe.of(general_blocks(finished.renderer)) if options.compare_bases else None
+    return source, reference_of(finished.model, source, probe_of(finished.rows[:_ROWS]), general)
 
 
 def _require_mergeable(run: RunDirectory, config: Config) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from finetune.errors import DataError
+from finetune.merging.identity import LiveRows, live_rows
 from finetune.merging.inputs import MergeSource
 from finetune.merging.reload import Example, Measurement, Probe, measure
 from finetune.merging.verify import device_of
@@ -20,12 +21,17 @@ from finetune.model.start import before_training
 class Reference:
     """The adapter model's side of the comparison."""
 
-    model: Any
     device: str
     probe: Probe
     trained: Measurement
     loss_base: float
     """Mean loss of the model before its first step, nats a supervised token"""
+    rows: tuple[LiveRows, ...]
+    """Of every weight that the adapter changes, for a merge onto the base it was trained on."""
+    general: Probe | None = None
+    """General text, where bases are to be compared."""
+    general_trained: float | None = None
+    """The adapter model's loss on it, nats a token"""
 
 
 def probe_of(rows: Sequence[Example]) -> Probe:
@@ -36,14 +42,19 @@ def probe_of(rows: Sequence[Example]) -> Probe:
     return probe
 
 
-def reference_of(model: Any, source: MergeSource, probe: Probe) -> Reference:
-    """Measure ``model``, the live PEFT model that ``source`` was trained as, with its adapter and as it was before training."""
+def reference_of(model: Any, source: MergeSource, probe: Probe, general: Probe | None = None) -> Reference:
+    """Measure ``model``, the live PEFT model that ``source`` was trained as, with its adapter and as it was before training.
+
+    What is returned holds no part of the model, which may be gone before its merge is loaded.
+    """
     device = device_of(model)
     with _computing(model, source, device):
         trained = measure(model, probe, device)
+        general_trained = measure(model, general, device).loss if general else None
     with _computing(model, source, device), before_training(model, source.adapter_dir, loftq=source.loftq):
         loss_base = measure(model, probe, device).loss
-    return Reference(model, device, probe, trained, loss_base)
+    rows = live_rows(model, source.compute_dtype) if source.base == "dequantized" else ()
+    return Reference(device, probe, trained, loss_base, rows, general, general_trained)
 
 
 def _computing(model: Any, source: MergeSource, device: str) -> AbstractContextManager[object]:

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from finetune.config.schema import FourBit, NoQuantization, Quantization
 from finetune.errors import ConfigError, DataError, FinetuneError, VerificationError
-from finetune.merging import merge as merging
-from finetune.merging.identity import require_identity
+from finetune.merging import trials
+from finetune.merging.identity import require_rows
 from finetune.merging.merge import MergeOptions, merge
 from finetune.merging.reload import Probe, measure
 from finetune.model.adapters import load
@@ -56,7 +56,7 @@ def in_process(directory: Path, probe: Probe, device: str) -> Any:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "measure_in_fresh_process", in_process)
+    monkeypatch.setattr(trials, "measure_in_fresh_process", in_process)
 
 
 def siblings(tmp_path: Path) -> set[str]:
@@ -111,12 +111,12 @@ def test_auto_passes_over_a_type_whose_weights_are_not_the_live_ones(make: Make,
     made = make()
     train(made, 12, 1e-2)
 
-    def strict(model: Any, directory: Path, dtype: torch.dtype) -> float:
+    def strict(rows: Any, directory: Path, *how: Any) -> float:
         if AutoModelForCausalLM.from_pretrained(directory).dtype == torch.bfloat16:
             raise VerificationError("q_proj differs from the adapter model's weight by 0.1 of its norm", where=str(directory))
-        return require_identity(model, directory, dtype)
+        return require_rows(rows, directory, *how)
 
-    monkeypatch.setattr(merging, "require_identity", strict)
+    monkeypatch.setattr(trials, "require_rows", strict)
     report = merge(made.model, made.source, tmp_path / "merged", ROWS)
     assert (report.trials[0].dtype, report.trials[0].accepted) == ("bf16", False)
     assert "q_proj differs" in report.trials[0].reason
@@ -127,10 +127,10 @@ def test_auto_passes_over_a_type_whose_weights_are_not_the_live_ones(make: Make,
 def test_auto_ends_with_every_reason_where_no_type_passes(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make()
 
-    def never(_model: Any, directory: Path, _dtype: torch.dtype) -> float:
+    def never(_rows: Any, directory: Path, *_how: Any) -> float:
         raise VerificationError("q_proj differs from the adapter model's weight", where=str(directory))
 
-    monkeypatch.setattr(merging, "require_identity", never)
+    monkeypatch.setattr(trials, "require_rows", never)
     with pytest.raises(VerificationError) as error:
         merge(made.model, made.source, tmp_path / "merged", ROWS)
     assert [problem.what.split(":")[0] for problem in error.value.problems] == ["merged as bf16", "merged as fp16", "merged as fp32"]
