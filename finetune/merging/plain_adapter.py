@@ -93,7 +93,7 @@ def write_plain(source: MergeSource, destination: Path, rank: int, dtype: torch.
     config = LoraConfig(
         r=widest,
         lora_alpha=widest,
-        target_modules=_targets(set(parts), names),
+        target_modules=targets_of(set(parts), names),
         bias="none",
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
@@ -193,7 +193,7 @@ def _base_values(inputs: Inputs, module: str) -> Tensor:
     return stored.to(source.compute_dtype).float()
 
 
-def _targets(modules: set[str], names: set[str]) -> list[str]:
+def targets_of(modules: set[str], names: set[str]) -> list[str]:
     """Last names of ``modules`` where these mean no other module of the model, which engines read; else whole names."""
     weights = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
     ends = {module.rpartition(".")[2] for module in modules}
