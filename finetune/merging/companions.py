@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,14 @@ TOKENIZER_FILES = (
 """Copied as one set, so that vocabulary, special tokens and chat template belong together."""
 
 _GENERATION = "generation_config.json"
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DROPPED = ("torch_dtype", "quantization_config", "_name_or_path", "auto_map")
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:
     """config.json of the base; ConfigError where it is missing, or where the checkpoint is quantized already."""
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the base model's configuration: {error}", where=str(path), fix="check model.id") from error
+    config = _read_object(path)
     if config.get("quantization_config"):
         raise ConfigError(
             "the base checkpoint is quantized already", where=str(path), fix="use the original, unquantized model as model.id"
@@ -76,14 +72,48 @@ def write_index(destination: Path, shards: Mapping[str, Mapping[str, Slot]]) -> 
     return size
 
 
-def copy_companions(base_dir: Path, adapter_dir: Path, destination: Path) -> None:
-    """Copy tokenizer, chat template and generation settings from the adapter's directory where it has them, else from the base's."""
+def copy_companions(base_dir: Path, adapter_dir: Path, destination: Path, end_ids: Sequence[int] = ()) -> None:
+    """Copy tokenizer, chat template and generation settings from the adapter's directory where it has them, else from the base's.
+
+    Generation stops at the tokens of the base and at ``end_ids``, those that training taught to end a turn with.
+    """
+    copy_tokenizer(base_dir, adapter_dir, destination)
+    has_generation = (adapter_dir / _GENERATION).exists()
+    _copy((adapter_dir if has_generation else base_dir) / _GENERATION, destination, may_link=not has_generation)
+    _stop_at(destination, end_ids)
+
+
+def copy_tokenizer(base_dir: Path, adapter_dir: Path, destination: Path) -> None:
+    """Copy tokenizer and chat template from the adapter's directory where it has them, else from the base's."""
     own = any((adapter_dir / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
     for name in TOKENIZER_FILES:
         _copy((adapter_dir if own else base_dir) / name, destination, may_link=not own)
     _copy_templates(adapter_dir if own else base_dir, destination)
-    has_generation = (adapter_dir / _GENERATION).exists()
-    _copy((adapter_dir if has_generation else base_dir) / _GENERATION, destination, may_link=not has_generation)
+
+
+def _stop_at(destination: Path, end_ids: Sequence[int]) -> None:
+    """Add ``end_ids`` to the tokens at which generation stops (pitfall A3)."""
+    path = destination / _GENERATION
+    config = json.loads((destination / "config.json").read_text(encoding="utf-8"))
+    # without a file, transformers takes these from config.json
+    settings = _read_object(path) if path.is_file() else {key: config[key] for key in _SPECIAL_IDS if config.get(key) is not None}
+    stated = settings.get("eos_token_id")
+    ends = [] if stated is None else list(stated) if isinstance(stated, list) else [stated]
+    missing = [end for end in end_ids if end not in ends]
+    if missing:
+        ends += missing
+        settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path.name} of the base model: {error}", where=str(path), fix="check model.id") from error
+    return found
 
 
 def _copy_templates(source: Path, destination: Path) -> None:

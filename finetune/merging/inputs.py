@@ -40,6 +40,8 @@ class MergeSource:
     """Whether the run's `tuning.init` was LoftQ, so that `loftq_base.safetensors` must be there."""
     new_ids: tuple[int, ...] = ()
     """Ids of the tokens that the run added."""
+    end_ids: tuple[int, ...] = ()
+    """Ids that end a reply, by the tokenizer and by the chat template: generation must stop there."""
     device: str = "cpu"
     """Where the arithmetic runs. Quantize where training did if the last bit of the base matters."""
 
