@@ -26,12 +26,10 @@ _ROWS = 256
 
 def merge_run(run: RunDirectory, config: Config, destination: Path, *, base: Base, options: MergeOptions) -> MergeReport:
     """Merge ``run`` into ``destination`` and keep the record in the run's `merge.json`. Errors are those of `merge`."""
-    if isinstance(config.tuning, Full):
-        raise ConfigError("full tuning leaves a whole model: there is nothing to merge", where=str(run.path), fix=f"use {run.model}")
-    _require_mergeable(run, config)
+    require_mergeable(run, config)
     if options.compare_bases and isinstance(config.quantization, NoQuantization):
         raise ConfigError("there is one base only: the run's was not quantized", where=str(run.path), fix="merge without --compare-bases")
-    source, reference = _measured(run, config, destination, base, options)
+    source, reference = measured(run, config, destination, base, options)
     # the adapter model is gone: it and the merged one, which a process of its own loads, would fill the memory or the GPU together
     gc.collect()
     if torch.cuda.is_available():
@@ -41,9 +39,10 @@ def merge_run(run: RunDirectory, config: Config, destination: Path, *, base: Bas
     return report
 
 
-def _measured(run: RunDirectory, config: Config, destination: Path, base: Base, options: MergeOptions) -> tuple[MergeSource, Reference]:
+def measured(run: RunDirectory, config: Config, destination: Path, base: Base, options: MergeOptions) -> tuple[MergeSource, Reference]:
     """What is merged, and what its adapter model computes."""
     finished = load_run(run, config)
+    ends = {finished.renderer.tokenizer.eos_token_id, finished.renderer.end_of_turn} - {None}
     source = MergeSource(
         finished.base,
         finished.directory,
@@ -53,6 +52,7 @@ def _measured(run: RunDirectory, config: Config, destination: Path, base: Base, 
         base=base,
         loftq=finished.loftq,
         new_ids=token_ids(finished.renderer.tokenizer, config.model.new_tokens),
+        end_ids=tuple(sorted(ends)),
         device=finished.device.type,
     )
     require_destination(destination.absolute(), (source.base_dir, source.adapter_dir), force=options.force)
@@ -60,8 +60,10 @@ def _measured(run: RunDirectory, config: Config, destination: Path, base: Base, 
     return source, reference_of(finished.model, source, probe_of(finished.rows[:_ROWS]), general)
 
 
-def _require_mergeable(run: RunDirectory, config: Config) -> None:
-    """ConfigError for methods whose parameters are no change of a weight of the base."""
+def require_mergeable(run: RunDirectory, config: Config) -> None:
+    """ConfigError for full tuning, and for methods whose parameters are no change of a weight of the base."""
+    if isinstance(config.tuning, Full):
+        raise ConfigError("full tuning leaves a whole model: there is nothing to merge", where=str(run.path), fix=f"use {run.model}")
     match config.tuning:
         case Prompt():
             why = "its virtual tokens stand before the input and are no weights of the base"
