@@ -1,0 +1,1 @@
+"""This project against its peers on the same work: `make bench` (see __main__.py)."""

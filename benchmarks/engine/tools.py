@@ -1,0 +1,228 @@
+"""The tools that are compared: the command of each, its best settings, and how its log is read.
+
+All train the same adapter (LoRA on every linear layer) on the same rows with the same optimizer, rate, schedule and batch, for one epoch.
+What is left to each tool is how it computes; of the settings here, those of the peers are the fastest of the candidates that were tried
+(docs/benchmarks/engine.md names them), each at its own best precision.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.engine.measure import Line
+
+ROOT = Path(__file__).parents[2]
+TRL = ROOT / ".venv-trl" / "bin" / "trl"
+
+RANK, ALPHA, BATCH, WARMUP, LEARNING_RATE = 16, 32, 8, 3, 2e-4
+
+_PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run of one tool."""
+
+    model: Path
+    train: Path
+    template: Path
+    directory: Path
+    """Empty; everything that the run writes goes here, its caches too."""
+    seed: int = 0
+    nf4: bool = False
+    threads: int | None = None
+    """None: as the tool chooses, all cores."""
+
+    @property
+    def output(self) -> Path:
+        """Where the tool puts its result."""
+        return self.directory / "output"
+
+    def environment(self) -> dict[str, str]:
+        """Nothing of the caller's settings of threads; empty caches."""
+        found = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        found |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+        found |= {"HF_HOME": str(self.directory / "hf"), "FINETUNE_CACHE": str(self.directory / "cache")}
+        return found | ({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step as it was seen to end."""
+
+    at_s: float
+    """Seconds since the command began."""
+    tokens: int
+    """Of the step, without padding."""
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """How one tool is run and read."""
+
+    name: str
+    command: Callable[[Job, Sequence[str]], list[str | Path]]
+    """Of a job and the tool's own settings."""
+    read: Callable[[Sequence[Line]], list[Step]]
+    adapter: Callable[[Job], Path]
+    """Directory of the finished adapter."""
+    settings: tuple[str, ...] = ()
+    """The best found."""
+    nf4_settings: tuple[str, ...] = ()
+    candidates: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """What `--candidates` compares; the settings above are the fastest of these."""
+    watched: Callable[[Job], Path | None] = lambda _: None
+    """The file in which steps are seen, where it is not stdout."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+# --- this project --------------------------------------------------------------------------------------------------------------------
+
+
+def _finetune_command(job: Job, settings: Sequence[str]) -> list[str | Path]:
+    config = {
+        "model": {"id": str(job.model)},
+        "quantization": {"method": "nf4", "double_quant": True} if job.nf4 else {"method": "none"},
+        "tuning": {"method": "lora", "rank": RANK, "alpha": ALPHA, "targets": "all-linear"},
+        "optimizer": {"learning_rate": LEARNING_RATE, "weight_decay": 0.0},
+        "schedule": {"method": "cosine", "warmup_steps": WARMUP},
+        "data": {"train": [{"source": str(job.train)}]},
+        "train": {"batch_size": BATCH},
+        "seed": job.seed,
+        "output": str(job.output),
+    }
+    path = job.directory / "config.yaml"
+    path.write_text(json.dumps(config, indent=1), encoding="utf-8")  # JSON is YAML
+    return [Path(sys.executable).parent / "finetune", "train", path, *settings]
+
+
+def _finetune_steps(lines: Sequence[Line]) -> list[Step]:
+    rows = ((at, json.loads(line)) for at, line in lines)
+    return [Step(at, row["tokens"], row["loss"]) for at, row in rows if row["kind"] == "step"]
+
+
+# --- transformers and PEFT -----------------------------------------------------------------------------------------------------------
+
+
+def _plain_command(job: Job, settings: Sequence[str]) -> list[str | Path]:
+    fixed = {"rank": RANK, "alpha": ALPHA, "batch": BATCH, "warmup": WARMUP, "learning-rate": LEARNING_RATE, "seed": job.seed}
+    places = {"model": job.model, "data": job.train, "template": job.template, "output": job.output}
+    options = [part for name, value in {**fixed, **places}.items() for part in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "benchmarks.engine.plain", *options, *settings, *(["--nf4"] if job.nf4 else [])]
+
+
+def _plain_steps(lines: Sequence[Line]) -> list[Step]:
+    rows = ((at, json.loads(line)) for at, line in lines if line.startswith("{"))
+    return [Step(at, row["tokens"], row["loss"]) for at, row in rows]
+
+
+# --- TRL -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _trl_command(job: Job, settings: Sequence[str]) -> list[str | Path]:
+    rows = job.directory / "rows"
+    rows.mkdir()
+    (rows / "train.jsonl").symlink_to(job.train)
+    options: dict[str, object] = {
+        "model_name_or_path": job.model,
+        "dataset_name": rows,
+        "output_dir": job.output,
+        "chat_template_path": job.template,
+        "assistant_only_loss": True,
+        "use_peft": True,
+        "lora_target_modules": "all-linear",
+        "lora_r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.0,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": WARMUP,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "num_train_epochs": 1,
+        "seed": job.seed,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    if job.nf4:
+        options |= {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
+    return [TRL, "sft", *(part for name, value in options.items() for part in (f"--{name}", str(value))), *settings]
+
+
+def _trl_steps(lines: Sequence[Line]) -> list[Step]:
+    """From the dictionary that the trainer prints after each step; ``num_tokens`` counts from the start."""
+    return list(_trl_differences([(at, ast.literal_eval(line)) for at, line in lines if line.startswith("{") and "num_tokens" in line]))
+
+
+def _trl_differences(rows: Sequence[tuple[float, dict[str, object]]]) -> Iterator[Step]:
+    before = 0
+    for at, row in rows:
+        if "loss" not in row:  # the summary at the end
+            continue
+        seen = int(float(str(row["num_tokens"])))
+        yield Step(at, seen - before, float(str(row["loss"])))
+        before = seen
+
+
+_TRL_BF16 = ("--bf16", "True", "--dtype", "bfloat16")
+
+
+def _trl_batch(size: int, *more: str) -> tuple[str, ...]:
+    return (*_TRL_BF16, "--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(BATCH // size), *more)
+
+
+_BY_LENGTH = ("--train_sampling_strategy", "group_by_length")
+_PADDING_FREE = ("--padding_free", "True", "--max_length", "None")
+
+FINETUNE = Tool(
+    "finetune",
+    _finetune_command,
+    _finetune_steps,
+    adapter=lambda job: job.output / "adapter",
+    watched=lambda job: job.output / "metrics.jsonl",
+    candidates={"auto": (), "fp32": ("-o", "train.precision=fp32")},
+)
+PLAIN = Tool(
+    "transformers+PEFT",
+    _plain_command,
+    _plain_steps,
+    adapter=lambda job: job.output,
+    settings=("--grouped",),
+    nf4_settings=("--grouped",),
+    candidates={
+        "bf16, 8 rows by length": ("--grouped",),
+        "bf16, 2 x 4 rows by length": ("--grouped", "--micro", "4"),
+        "bf16, 8 x 1 row": ("--micro", "1"),
+        "bf16, 4 x 2 rows": ("--micro", "2"),
+        "bf16, 8 rows": (),
+        "fp32, 8 rows by length": ("--grouped", "--precision", "fp32"),
+    },
+)
+TRL_SFT = Tool(
+    "TRL",
+    _trl_command,
+    _trl_steps,
+    adapter=lambda job: job.output,
+    settings=_trl_batch(8, *_BY_LENGTH),
+    nf4_settings=_trl_batch(8, *_BY_LENGTH),
+    candidates={
+        "bf16, 8 rows by length": _trl_batch(8, *_BY_LENGTH),
+        "bf16, 2 x 4 rows by length": _trl_batch(4, *_BY_LENGTH),
+        "bf16, 8 x 1 row": _trl_batch(1),
+        "bf16, 4 x 2 rows": _trl_batch(2),
+        "bf16, 8 rows without padding": _trl_batch(8, *_PADDING_FREE),
+        "fp32, 8 rows by length": ("--bf16", "False", "--dtype", "float32", "--per_device_train_batch_size", "8", *_BY_LENGTH),
+    },
+)
+TOOLS = {tool.name: tool for tool in (FINETUNE, PLAIN, TRL_SFT)}
