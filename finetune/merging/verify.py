@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from finetune.errors import Problem, VerificationError
 from finetune.merging.reload import Measurement, Probe
+from finetune.merging.streamed import is_too_large
 
 MIN_GAIN = 1e-3
 """Nats. A smaller difference between the losses before and after training is noise, and no share of it is computed."""
@@ -107,8 +108,12 @@ def _mean_kl(left: Tensor, right: Tensor) -> float:
 
 
 def measure_in_fresh_process(directory: Path, probe: Probe, device: str = "cpu") -> Measurement:
-    """Load ``directory`` with plain transformers in a new Python process and measure it; VerificationError where it does not load."""
-    return measured_by("finetune.merging.reload", directory, (), probe, device)
+    """Load ``directory`` with plain transformers in a new Python process and measure it; VerificationError where it does not load.
+
+    A model that is larger than the free memory of ``device`` is read weight by weight instead of being loaded.
+    """
+    module = "finetune.merging.streamed" if is_too_large(directory, device) else "finetune.merging.reload"
+    return measured_by(module, directory, (), probe, device)
 
 
 def measured_by(module: str, directory: Path, settings: tuple[str, ...], probe: Probe, device: str) -> Measurement:
