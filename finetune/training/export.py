@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import Bitfit, Config, Full, Houlsby, LoftqInit, Lora
+import torch
+
+from finetune.card import Subject, card, code, library_of, nats, shown_base, use_adapter, use_model
+from finetune.config.schema import Config, Full, LoftqInit, Lora
+from finetune.errors import VerificationError
 from finetune.model.adapters import save
-from finetune.model.builtin import public_name
+from finetune.model.builtin import resolve_model
 from finetune.model.correction import FILE as LOFTQ_FILE
 from finetune.model.correction import MOVED
 from finetune.model.pissa import save_plain
-from finetune.runs import RunDirectory, sealed_directory, write_json, write_text
+from finetune.model.quantize import bnb_config
+from finetune.runs import RunDirectory, read_json, sealed_directory, verify, write_json, write_text
 from finetune.training.checkpoints import Progress, load_weights
+
+_FIGURES = "training.json"
+_ALL = 2**63
+"""Steps of a result that does not say them: it was written by a version that could not extend runs."""
+
+
+def is_finished(run: RunDirectory) -> bool:
+    """Whether the result of all planned steps is there and whole. One that was damaged since, or that belongs to a shorter run than the
+    one that is planned now, is written anew when the run is resumed."""
+    with suppress(VerificationError):
+        result = run.trained()
+        if result is None:
+            return False
+        figures = read_json(result / _FIGURES)
+        return bool(figures.get("stopped_early")) or int(figures.get("run_steps", _ALL)) >= int(read_json(run.plan)["steps"]["total"])
+    return False
 
 
 def export(run: RunDirectory, config: Config, tokenizer: Any, model: Any, progress: Progress) -> Path:
@@ -21,6 +43,7 @@ def export(run: RunDirectory, config: Config, tokenizer: Any, model: Any, progre
     step = progress.step
     if config.train.early_stopping is not None and progress.best_step is not None:
         step = progress.best_step
+        verify(run.checkpoint(step))
         load_weights(run.checkpoint(step), model)
     destination = run.model if isinstance(config.tuning, Full) else run.adapter
     with sealed_directory(destination) as directory:
@@ -34,33 +57,41 @@ def export(run: RunDirectory, config: Config, tokenizer: Any, model: Any, progre
             shutil.copyfile(run.path / LOFTQ_FILE, directory / LOFTQ_FILE)
         loss = progress.best_loss if step == progress.best_step else progress.last_loss
         figures = {"step": step, "validation_loss": loss, "best_step": progress.best_step, "best_loss": progress.best_loss}
-        write_json(directory / "training.json", figures)
-        write_text(directory / "README.md", _card(config, step, loss))
+        write_json(directory / _FIGURES, figures | {"run_steps": progress.step, "stopped_early": progress.stopped_early})
+        write_text(directory / "README.md", _card(config, step, loss, model.config.dtype))
     return destination
 
 
-def _card(config: Config, step: int, loss: float | None) -> str:
-    """A model card with the metadata that model hubs read."""
-    measured = "not measured" if loss is None else f"{loss:.4f} nats a supervised token"
-    libraries: dict[type, str] = {Full: "transformers", Bitfit: "finetune", Houlsby: "finetune"}
-    library = libraries.get(type(config.tuning), "peft")
-    sources = "\n".join(f"- {source.source}" for source in config.data.train)
-    return f"""---
-base_model: {public_name(config.model.id)}
-library_name: {library}
-tags: [finetune, {config.tuning.method}]
----
-
-# {Path(config.output).name}
-
-Tuned from `{config.model.id}` with `finetune`: {config.tuning.method} on a base quantized as `{config.quantization.method}`,
-{step} optimizer steps of {config.train.batch_size} examples.
-
-Validation loss of these weights: {measured}.
-
-{_tokens(config)}{_start(config)}Trained on:
-{sources}
-"""
+def _card(config: Config, step: int, loss: float | None, dtype: torch.dtype) -> str:
+    """The model card of an adapter, or of the whole model after full tuning."""
+    whole = isinstance(config.tuning, Full)
+    settings = bnb_config(config.quantization, dtype)
+    if whole:
+        use = use_model()
+    elif library_of(config) == "peft":
+        use = use_adapter(config, str(dtype).removeprefix("torch."), settings.to_dict() if settings else None)
+    else:
+        use = (
+            "from pathlib import Path\n\nfrom finetune.model.adapters import load\n\n"
+            'model = load(base, Path("DIR"))  # base: the model, loaded by transformers'
+        )
+    return card(
+        config,
+        resolve_model(config.model.id, config.model.revision),
+        Subject(
+            relation="finetune" if whole else "adapter",
+            summary=f"Tuned from {shown_base(config)} with `finetune`: {config.tuning.method} on a base quantized as "
+            f"`{config.quantization.method}`, {step} optimizer steps of {config.train.batch_size} examples.",
+            figures={
+                "Validation loss before training": "not measured by training; `finetune eval RUN` measures it",
+                "Validation loss of these weights": nats(loss),
+            },
+            use=use,
+            commands=("finetune train config.yaml", "finetune eval RUN"),
+            notes=tuple(filter(None, (_tokens(config), _start(config)))),
+            losses={} if loss is None else {"loss": round(loss, 6)},
+        ),
+    )
 
 
 def _tokens(config: Config) -> str:
@@ -68,8 +99,8 @@ def _tokens(config: Config) -> str:
     if not config.model.new_tokens or isinstance(config.tuning, Full):
         return ""
     return (
-        f"Adds the tokens {', '.join(f'`{token}`' for token in config.model.new_tokens)}. Before PEFT loads the adapter, resize its\n"
-        "base's embedding to the length of this tokenizer where it is shorter.\n\n"
+        f"Adds the tokens {', '.join(map(code, config.model.new_tokens))}. Before PEFT loads the adapter, resize its\n"
+        "base's embedding to the length of this tokenizer where it is shorter."
     )
 
 
@@ -81,10 +112,10 @@ def _start(config: Config) -> str:
     if iterations == 1:
         return (
             "It started from LoftQ with one iteration: it belongs to the base quantized as above, on which PEFT loads it as it is,\n"
-            "and not to the unquantized base.\n\n"
+            "and not to the unquantized base."
         )
     return (
         f"**Not for PEFT alone.** It started from LoftQ with {iterations} iterations, which also changed the weights that were quantized:\n"
         "on a base that is quantized plainly, PEFT loads it without complaint and computes something else. Merge it with\n"
-        f"`finetune merge`, or give the base its weights first: `finetune.model.loftq.restore_base`, from `{LOFTQ_FILE}`.\n\n"
+        f"`finetune merge`, or give the base its weights first: `finetune.model.loftq.restore_base`, from `{LOFTQ_FILE}`."
     )
