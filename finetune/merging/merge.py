@@ -7,7 +7,7 @@ computed, and only then renamed to its destination.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from finetune.merging.reload import Example
 from finetune.merging.rounding import Rounding
 from finetune.merging.trials import Candidate, Dtype, DtypeChoice, Trial, attempt, candidates
 from finetune.merging.verify import Parity
-from finetune.runs import sealed_directory, write_json
+from finetune.runs import sealed_directory, write_json, write_text
 
 _CANDIDATE = ".candidate"
 
@@ -45,9 +45,8 @@ class MergeOptions:
     """Whether an earlier merge at the destination may be replaced."""
     progress: Callable[[int, int], None] | None = None
     """Called with (tensors done, of) for each type that is tried."""
-    finish: Callable[[Path, Reference, MergeReport], Mapping[str, object]] | None = None
-    """Called with the verified directory before it is sealed: it may rewrite its files, as an export to another format does, or raise.
-    What it returns stands in `merge.json` as `export`."""
+    card: Callable[[MergeReport], str] | None = None
+    """Makes the model card, README.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +111,9 @@ def merge_measured(reference: Reference, source: MergeSource, destination: Path,
         if options.compare_bases:
             figures = compare_bases(temporary, temporary / _CANDIDATE, source, reference, report.dtype)
             report = replace(report, bases=figures)
-        export = {"export": dict(options.finish(temporary, reference, report))} if options.finish else {}
-        write_json(temporary / REPORT, report.as_json() | export)
+        write_json(temporary / REPORT, report.as_json())
+        if options.card:
+            write_text(temporary / "README.md", options.card(report))
     return report
 
 

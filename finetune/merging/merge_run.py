@@ -1,8 +1,10 @@
-"""`finetune merge`: a finished run's adapter folded into its base."""
+"""`finetune merge`: a finished run's adapter folded into its base, or exported in another form."""
 
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +13,9 @@ from finetune.config.schema import Config, Full, Houlsby, NoQuantization, Prefix
 from finetune.data.general import general_blocks
 from finetune.errors import ConfigError
 from finetune.finished import load_run
+from finetune.merging.cards import export_card, merged_card
 from finetune.merging.destination import require_destination
+from finetune.merging.exports import ExportOptions, ExportReport, export_measured
 from finetune.merging.inputs import Base, MergeSource
 from finetune.merging.merge import MergeOptions, MergeReport, merge_measured
 from finetune.merging.reference import Reference, probe_of, reference_of
@@ -30,13 +34,29 @@ def merge_run(run: RunDirectory, config: Config, destination: Path, *, base: Bas
     if options.compare_bases and isinstance(config.quantization, NoQuantization):
         raise ConfigError("there is one base only: the run's was not quantized", where=str(run.path), fix="merge without --compare-bases")
     source, reference = measured(run, config, destination, base, options)
-    # the adapter model is gone: it and the merged one, which a process of its own loads, would fill the memory or the GPU together
+    _free_memory()
+    with_card = replace(options, card=partial(merged_card, config, source.base_dir))
+    report = merge_measured(reference, source, destination, with_card)
+    write_json(run.path / "merge.json", {"destination": str(report.destination), **report.as_json()})
+    return report
+
+
+def export_run(run: RunDirectory, config: Config, destination: Path, *, base: Base, options: ExportOptions) -> ExportReport:
+    """Export ``run`` to ``destination`` and keep the record in the run's `export-KIND.json`. Errors are those of `export_measured`."""
+    require_mergeable(run, config)
+    source, reference = measured(run, config, destination, base, MergeOptions(force=options.force))
+    _free_memory()
+    with_card = replace(options, card=partial(export_card, config, source.base_dir))
+    report = export_measured(reference, source, destination, with_card)
+    write_json(run.path / f"export-{options.kind}.json", {"destination": str(report.destination), **report.as_json()})
+    return report
+
+
+def _free_memory() -> None:
+    """The adapter model is gone: it and the merged one, which a process of its own loads, would fill the memory or the GPU together."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    report = merge_measured(reference, source, destination, options)
-    write_json(run.path / "merge.json", {"destination": str(report.destination), **report.as_json()})
-    return report
 
 
 def measured(run: RunDirectory, config: Config, destination: Path, base: Base, options: MergeOptions) -> tuple[MergeSource, Reference]:
