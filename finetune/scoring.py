@@ -47,7 +47,7 @@ class Scorer:
         lengths = examples.lengths.tolist() if isinstance(examples, Examples) else [len(example.ids) for example in examples]
         for piece in cut(lengths, self.max_tokens, packed=self.packed):
             chosen = [examples[index] for index in piece]
-            batch = collate(chosen).to(self.device)
+            batch = collate(chosen)
             with self.autocast():
                 losses = target_losses(self.model, batch.ids, batch.attention, batch.supervised)
             counts = [sum(example.mask[1:]) for example in chosen]

@@ -1,5 +1,7 @@
 """Causal attention over examples laid end to end, without padding and without a mask.
 
+On an NVIDIA GPU it is torch's kernel for sequences of varying length (FlashAttention, 2307.08691); on a CPU, which has none, it is ours.
+
 A packed micro-batch is one row of tokens in which examples follow each other. Attention is the only part of a decoder that mixes
 positions, so this is the only place that must know where one example ends. Here each example is attended apart, in tiles of query rows
 that see nothing above the diagonal, so that neither padding nor a quadratic mask is ever computed.
@@ -14,6 +16,7 @@ up to it,
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,7 +48,8 @@ def packed_attention(
         key: (1, groups, t, d); heads is a multiple of groups.
         value: (1, groups, t, d).
         attention_mask: not read for a packed row.
-        kwargs: ``cu_seq_lens_q`` (n + 1,) int, where each example begins and the end of the last; ``scaling`` s, else 1/sqrt(d).
+        kwargs: ``cu_seq_lens_q`` (n + 1,) int32, where each example begins and the end of the last; ``max_length_q``, no less than the
+            longest; ``scaling`` s, else 1/sqrt(d).
 
     Returns:
         (1, t, heads, d), and no weights.
@@ -53,7 +57,7 @@ def packed_attention(
     Raises:
         NotImplementedError: the model asks for a window, a cap, sinks or dropout.
     """
-    bounds = kwargs.pop("cu_seq_lens_q", None)
+    bounds, longest = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("max_length_q", None)
     if bounds is None:
         output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output
@@ -67,8 +71,27 @@ def packed_attention(
         # as torch's own: fp32 states of trained embeddings, and what they are mixed with, in the type of the products
         rows = [part.to(torch.get_autocast_dtype(query.device.type)) for part in rows]
     with torch.autocast(query.device.type, enabled=False):
-        attended: Tensor = _Packed.apply(*rows, scale, bounds.tolist())  # type: ignore[no-untyped-call]
+        attended = KERNELS[query.device.type](rows, bounds, longest, scale)
     return attended[None], None
+
+
+def _in_tiles(rows: list[Tensor], bounds: Tensor, _longest: int, scale: float) -> Tensor:
+    attended: Tensor = _Packed.apply(*rows, scale, bounds.tolist())  # type: ignore[no-untyped-call]
+    return attended
+
+
+def _in_flash(rows: list[Tensor], bounds: Tensor, longest: int, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (part.transpose(0, 1) for part in rows)
+    shared = key.shape[1] != query.shape[1]
+    attended = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=shared)
+    assert isinstance(attended, Tensor), "a pair where more is asked for"
+    return attended
+
+
+KERNELS: dict[str, Callable[[list[Tensor], Tensor, int, float], Tensor]] = {"cpu": _in_tiles, "cuda": _in_flash}
+"""By kind of device: [Q (heads, t, d), K and V (groups, t, d)], bounds (n + 1,), longest, s -> (t, heads, d)."""
 
 
 def register() -> None:

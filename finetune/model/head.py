@@ -1,21 +1,30 @@
-"""Cross-entropy over supervised positions only, in chunks, so that memory does not grow with vocabulary x length."""
+"""Cross-entropy over supervised positions only, in chunks, so that memory does not grow with vocabulary x length.
+
+Three kinds of heads, told apart by a measurement: a plain product with the hidden states; the model's own forward without its body, for
+those that scale or cap their logits; and the whole forward at the supervised positions, for a model that cannot be taken apart.
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any, cast
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from finetune.model.frozen_head import fits, frozen_head_losses
 from finetune.model.packing import is_packed, packed_inputs
 from finetune.model.virtual import forward_inputs, virtual_tokens
 
-CHUNK = 512
-"""Positions whose logits exist at a time."""
+CHUNK = 256
+"""Positions whose logits exist at a time: 131 MB in fp32 for a vocabulary of 128,256, and three more such tensors in the backward pass."""
+
+Kind = Literal["plain", "own", "whole"]
 
 _TOLERANCE = 1e-3
 """Relative difference of logits that the rounding of one type explains."""
@@ -23,7 +32,7 @@ _TOLERANCE = 1e-3
 _PROBE_SCALE = 100.0
 """Size of the largest logit in the measurement: a soft cap at 30 bends it by 70 %, where a small model's own logits of 0.1 hide it."""
 
-_plain: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+_kinds: WeakKeyDictionary[torch.nn.Module, Kind] = WeakKeyDictionary()
 
 
 def causal_model(model: Any) -> Any:
@@ -36,21 +45,26 @@ def backbone(model: Any) -> Any:
     return getattr(model, model.base_model_prefix)
 
 
-def has_plain_head(model: Any) -> bool:
-    """Whether logits are just ``head(hidden)``: models that scale or cap them go through their own forward.
+def head_kind(model: Any) -> Kind:
+    """How logits come from hidden states: ``plain``, just ``head(hidden)``; ``own``, by the model's forward without its body; or ``whole``.
 
-    Measured once a model, since there are too many names for such scales to list; its mode and the random state stay as they were.
+    Measured once a model, since there are too many names for scales and caps to list; its mode and the random state stay as they were.
     """
-    if model not in _plain:
-        _plain[model] = _measure_head(model)
-    return _plain[model]
+    if model not in _kinds:
+        _kinds[model] = _measure_head(model)
+    return _kinds[model]
 
 
-def _measure_head(model: Any) -> bool:
+def has_plain_head(model: Any) -> bool:
+    """Whether logits are just ``head(hidden)``."""
+    return head_kind(model) == "plain"
+
+
+def _measure_head(model: Any) -> Kind:
     """Whether the head reads the backbone's hidden states as they are, and its output is the model's logits."""
     body, head = getattr(model, model.base_model_prefix or "-", None), model.get_output_embeddings()
     if body is None or body is model or head is None:
-        return False
+        return "whole"
     seen: dict[str, torch.Tensor] = {}
 
     def after_body(_module: torch.nn.Module, _args: object, output: Any) -> None:
@@ -65,15 +79,39 @@ def _measure_head(model: Any) -> bool:
         for hook in (body.register_forward_hook(after_body), head.register_forward_hook(after_head)):
             stack.callback(hook.remove)
         logits = _probe(model, head)
-    return len(seen) == 3 and _agree(seen["hidden"], seen["read"]) and _agree(seen["written"], logits)
+        if len(seen) == 3 and _agree(seen["hidden"], seen["read"]) and _agree(seen["written"], logits):
+            return "plain"
+        if "hidden" not in seen:
+            return "whole"
+        with _without_body(model):
+            return "own" if _agree(_probe(model, head, seen["hidden"]), logits) else "whole"
+
+
+@contextmanager
+def _without_body(model: Any) -> Iterator[None]:
+    """Inside the block, ``model`` is its head alone: what comes in as embeddings is what its head reads as hidden states."""
+    body = backbone(model)
+    before = vars(body).get("forward")
+    body.forward = _handed_on
+    try:
+        yield
+    finally:
+        del body.forward
+        if before is not None:
+            body.forward = before
+
+
+def _handed_on(*_: Any, inputs_embeds: torch.Tensor, **__: Any) -> BaseModelOutputWithPast:
+    return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 @torch.no_grad()
-def _probe(model: Any, head: Any) -> torch.Tensor:
-    """Logits of a few tokens in eval mode, without a trace left in ``model`` or the random state."""
+def _probe(model: Any, head: Any, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of a few tokens, or of ``hidden``, in eval mode, without a trace left in ``model`` or the random state."""
     embedding = model.get_input_embeddings().weight
     device = embedding.device
     ids = torch.arange(min(8, len(embedding)), device=device)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if hidden is None else {"inputs_embeds": hidden}
     modes = [(module, module.training) for module in model.modules()]
     half = head.weight.dtype in (torch.bfloat16, torch.float16)
     # A half-precision model may hold fp32 parts that need autocast. Its cache is off: weights are cast here without gradient, and older
@@ -83,7 +121,7 @@ def _probe(model: Any, head: Any) -> torch.Tensor:
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
     try:
         with forked, torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False):
-            logits: torch.Tensor = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            logits: torch.Tensor = model.eval()(**inputs, use_cache=False).logits
     finally:
         for module, mode in modes:
             module.training = mode
@@ -116,7 +154,8 @@ def target_losses(model: Any, ids: torch.Tensor, attention: torch.Tensor, superv
 
     Args:
         model: a causal language model, with or without an adapter; virtual tokens count as context, never as targets.
-        ids: (b, t) int64 token ids, padded on the right.
+        ids: (b, t) int64 token ids, padded on the right. Where these three lie on the host, all that depends on their values is
+            decided there, and the device is never waited for.
         attention: (b, t) int64, 1 where a token stands, 0 where padding does.
         supervised: (b, t) bool, True where the token is a target; the first column never counts.
 
@@ -124,19 +163,50 @@ def target_losses(model: Any, ids: torch.Tensor, attention: torch.Tensor, superv
         (n,) fp32 nats, n = number of supervised tokens.
     """
     core = causal_model(model)
+    device = core.get_input_embeddings().weight.device
     wanted = supervised[:, 1:]
-    targets = ids[:, 1:][wanted]
+    targets = _to(ids[:, 1:][wanted], device)
     if is_packed(core) and not virtual_tokens(model):
-        inputs = packed_inputs(ids, attention)
+        inputs = {name: _to(value, device) for name, value in packed_inputs(ids, attention).items()}
         chosen = functional.pad(wanted, (0, 1))[attention.bool()][None]
     else:
-        inputs, before = forward_inputs(model, ids, attention)
+        inputs, before = forward_inputs(model, _to(ids, device), _to(attention, device))
         chosen = functional.pad(wanted, (before, 1))
-    if not has_plain_head(core):
-        logits = core(**inputs, use_cache=False).logits[chosen]
-        return functional.cross_entropy(logits.float(), targets, reduction="none")
-    hidden = backbone(core)(**inputs, use_cache=False).last_hidden_state
-    return hidden_losses(hidden[chosen], core.get_output_embeddings(), targets)
+    kind = head_kind(core)
+    if kind == "whole":
+        return functional.cross_entropy(_whole(core, inputs, chosen).float(), targets, reduction="none")
+    hidden = backbone(core)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    hidden = hidden.index_select(0, _to(_numbers(chosen.flatten()), hidden.device))
+    if kind == "own":
+        return _in_chunks(hidden, targets, lambda rows: _own_logits(core, rows))
+    return hidden_losses(hidden, core.get_output_embeddings(), targets)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+def _numbers(chosen: torch.Tensor) -> torch.Tensor:
+    """(n,) int64: where ``chosen`` (m,) is True."""
+    return chosen.nonzero().squeeze(1)
+
+
+def _whole(core: Any, inputs: dict[str, Any], chosen: torch.Tensor) -> torch.Tensor:
+    """Logits (n, v) at the n positions of ``chosen`` (b, t), of no column that has none where the model can leave them out."""
+    options = {}
+    if "logits_to_keep" in inspect.signature(core.forward).parameters:
+        columns = _numbers(chosen.any(0))
+        options = {"logits_to_keep": _to(columns, core.get_input_embeddings().weight.device)}
+        chosen = chosen[:, columns]
+    logits: torch.Tensor = core(**inputs, **options, use_cache=False).logits
+    return logits.flatten(0, 1).index_select(0, _to(_numbers(chosen.flatten()), logits.device))
+
+
+def _own_logits(core: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """(n, v) logits of hidden (n, d) as the model itself makes them."""
+    with _without_body(core):
+        logits: torch.Tensor = core(inputs_embeds=hidden[None], use_cache=False).logits[0]
+    return logits
 
 
 def hidden_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
@@ -146,9 +216,12 @@ def hidden_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Te
     """
     if torch.is_grad_enabled() and fits(head):
         return frozen_head_losses(hidden, cast(torch.nn.Linear, head), targets)
+    return _in_chunks(hidden, targets, lambda rows: cast(torch.Tensor, head(_fitting(rows, head))))
 
+
+def _in_chunks(hidden: torch.Tensor, targets: torch.Tensor, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     def losses(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(head(_fitting(rows, head)).float(), wanted, reduction="none")
+        return functional.cross_entropy(logits_of(rows).float(), wanted, reduction="none")
 
     pieces = []
     for rows, wanted in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):

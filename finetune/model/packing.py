@@ -11,7 +11,7 @@ from weakref import WeakSet
 
 import torch
 
-from finetune.model.attention import NAME, register
+from finetune.model.attention import KERNELS, NAME, register
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Relative difference of hidden states that rounding explains; mixed-up examples differ by about 1."""
@@ -21,7 +21,7 @@ _packed: WeakSet[torch.nn.Module] = WeakSet()
 
 def enable_packing(core: Any) -> bool:
     """Run ``core``, a causal language model, packed from now on where that is exact; returns whether it is."""
-    if core.device.type != "cpu" or not core.base_model_prefix:
+    if core.device.type not in KERNELS or not core.base_model_prefix:
         return False
     before = core.config._attn_implementation
     register()
@@ -47,7 +47,8 @@ def is_packed(core: Any) -> bool:
 def packed_inputs(ids: torch.Tensor, attention: torch.Tensor) -> dict[str, Any]:
     """Arguments for a backbone that stand for ``ids`` (b, t) without its padding: one row of sum(attention) tokens.
 
-    ``attention`` (b, t) int64 is 1 where a token stands; padding is on the right.
+    ``attention`` (b, t) int64 is 1 where a token stands; padding is on the right. Names of arguments are those of transformers' flash
+    attention. The longest example is taken to be t, so that nobody has to ask a device for it.
     """
     lengths = attention.sum(dim=1)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -57,6 +58,7 @@ def packed_inputs(ids: torch.Tensor, attention: torch.Tensor) -> dict[str, Any]:
         "input_ids": ids[real][None],
         "position_ids": positions[real][None],
         "cu_seq_lens_q": bounds,
+        "max_length_q": ids.shape[1],
         # four dimensions: transformers takes it for a finished mask and makes none; packed attention does not read it
         "attention_mask": torch.zeros((1, 1, 1, 1), device=ids.device),
     }
