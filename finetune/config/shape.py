@@ -98,6 +98,12 @@ def root() -> Block:
     return _block(Config)
 
 
+@functools.cache
+def of(annotation: Any) -> Shape:
+    """The shape of another model than `Config`, or of a union of models."""
+    return _shape(annotation)
+
+
 def _block(model: type[Section]) -> Block:
     return Block(model, {name: Entry(_field(info), info) for name, info in model.model_fields.items()})
 

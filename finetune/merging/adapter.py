@@ -140,6 +140,10 @@ class Adapter:
             raise VerificationError(f"{key} holds NaN or infinity", where=self._where, fix="use an earlier checkpoint")
         return tensor
 
+    def release(self, target: str) -> None:
+        """Let the tensors that were used in ``target`` be read for it again: where one weight takes several passes."""
+        self._taken = {use for use in self._taken if use[1] != target}
+
     def require_all_taken(self) -> None:
         """VerificationError where a tensor of the adapter was not merged."""
         left = sorted(set(self._weights.info) - {key for key, _ in self._taken})

@@ -8,7 +8,9 @@ from pathlib import Path
 from finetune.errors import ConfigError
 
 REPORT = "merge.json"
-"""The record in every directory that a merge, an export or a combination wrote."""
+"""The record in every directory that a merge or an export wrote."""
+COMBINED = "combine.json"
+"""The record in every directory that a combination wrote."""
 
 
 def require_destination(destination: Path, read: Iterable[Path], *, force: bool) -> None:
@@ -27,6 +29,6 @@ def require_destination(destination: Path, read: Iterable[Path], *, force: bool)
         return
     if not force:
         raise ConfigError("the destination is not empty", where=where, fix="name a new directory, or replace an earlier merge with --force")
-    if not (destination / REPORT).is_file():
+    if not any((destination / record).is_file() for record in (REPORT, COMBINED)):
         # --force replaces the whole directory: never one that something else wrote
         raise ConfigError("the destination holds something other than a merged model", where=where, fix="name a new directory")

@@ -1,15 +1,18 @@
-"""Updates that are combined (M9 of the methods), against references written from the formulas and against PEFT's functions."""
+"""Updates that are combined (M9 of the methods), against references written from the papers' formulas and against PEFT's functions."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
-from finetune.merging.algebra import average, dare, dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+from finetune.merging.algebra import above, dare, draw_of, magnitude_prune, task_arithmetic, threshold_of, ties
+
+ONES = [1.0, 1.0, 1.0]
 
 
 def low_rank(seed: int, shape: tuple[int, int] = (12, 10)) -> Tensor:
@@ -38,16 +41,20 @@ def agreed(deltas: list[Tensor]) -> Tensor:
     return out
 
 
+def pruned(density: float) -> list[Tensor]:
+    return [magnitude_prune(delta, density) for delta in DELTAS]
+
+
 def test_m9_ties_of_one_update_at_density_one_is_the_update() -> None:
-    assert torch.equal(ties([DELTAS[0]], density=1.0), DELTAS[0])
-    assert torch.equal(average([DELTAS[0]]), DELTAS[0])
+    assert torch.equal(ties([magnitude_prune(DELTAS[0], 1.0)], [1.0]), DELTAS[0])
+    assert torch.equal(task_arithmetic([DELTAS[0]], [1.0]), DELTAS[0])
 
 
 def test_m9_the_mean_of_dare_is_the_update() -> None:
-    delta, drop, draws = DELTAS[0].double(), 0.7, 3000
+    delta, density, draws = DELTAS[0].double(), 0.3, 3000
     generator = torch.Generator().manual_seed(0)
-    mean = sum(dare(delta, drop, generator).double() for _ in range(draws)) / draws
-    sigma = delta.abs() * math.sqrt(drop / (1 - drop) / draws)
+    mean = sum(dare(delta, density, generator).double() for _ in range(draws)) / draws
+    sigma = delta.abs() * math.sqrt((1 - density) / density / draws)
     z = (mean - delta) / sigma
     print(f"DARE: sum z = {float(z.sum() / math.sqrt(z.numel())):.2f}, largest |z| = {float(z.abs().max()):.2f} of {z.numel()}")
     assert abs(float(z.sum())) / math.sqrt(z.numel()) < 3
@@ -59,77 +66,158 @@ def test_m9_the_mean_of_dare_is_the_update() -> None:
 def test_task_arithmetic_is_the_weighted_sum(weights: list[float]) -> None:
     expected = sum(weight * delta for weight, delta in zip(weights, DELTAS, strict=True))
     torch.testing.assert_close(task_arithmetic(DELTAS, weights), expected)
+    torch.testing.assert_close(task_arithmetic(DELTAS, weights), merge_utils.task_arithmetic(DELTAS, torch.tensor(weights)))
 
 
 def test_task_arithmetic_takes_an_update_away() -> None:
     assert not task_arithmetic([DELTAS[0], DELTAS[0]], [1.0, -1.0]).any()
-    torch.testing.assert_close(average(DELTAS), (DELTAS[0] + DELTAS[1] + DELTAS[2]) / 3)
+    torch.testing.assert_close(task_arithmetic(DELTAS, [1 / 3] * 3), (DELTAS[0] + DELTAS[1] + DELTAS[2]) / 3)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.29, 0.5, 1.0])
-def test_trimming_and_ties_are_what_the_paper_says(density: float) -> None:
+@pytest.mark.parametrize("weights", [ONES, [0.5, -1.0, 2.0]])
+def test_trimming_and_ties_are_what_the_paper_says(density: float, weights: list[float]) -> None:
+    """A weight makes another update of an update, before signs are elected: a negative one counts for the other side."""
     assert torch.equal(magnitude_prune(DELTAS[0], density), trimmed(DELTAS[0], density))
-    torch.testing.assert_close(ties(DELTAS, density, scale=1.5), 1.5 * agreed([trimmed(delta, density) for delta in DELTAS]))
+    expected = 1.5 * agreed([weight * trimmed(delta, density) for weight, delta in zip(weights, DELTAS, strict=True)])
+    torch.testing.assert_close(ties(pruned(density), weights, scale=1.5), expected)
+
+
+@pytest.mark.parametrize("density", [1e-9, 0.001, 0.05, 0.2, 0.5, 0.77, 1.0])
+def test_the_threshold_of_a_whole_update_is_its_kth_largest_magnitude(density: float) -> None:
+    tensors = [low_rank(seed, shape) * scale for seed, (shape, scale) in enumerate([((7, 30), 1.0), ((64, 9), 1e-3), ((1, 5), 40.0)])]
+    magnitudes = torch.cat([tensor.flatten() for tensor in tensors]).abs().sort(descending=True).values
+    kept = math.floor(density * len(magnitudes) + 1e-9)
+    threshold = threshold_of(tensors, density)
+    assert threshold == (float(magnitudes[kept - 1]) if kept else math.inf)
+    assert sum(int((above(tensor, threshold) != 0).sum()) for tensor in tensors) == kept
+    assert torch.equal(torch.cat([above(tensor, threshold).flatten() for tensor in tensors]), trimmed_together(tensors, density))
+
+
+def trimmed_together(tensors: list[Tensor], density: float) -> Tensor:
+    """The paper's trimming: over the whole task vector."""
+    return trimmed(torch.cat([tensor.flatten() for tensor in tensors]), density)
+
+
+def test_elements_that_are_equal_to_the_threshold_are_all_kept() -> None:
+    """As in the authors' code: which of equal elements are dropped would be chance."""
+    tensor = torch.tensor([[3.0, -1.0, 1.0], [1.0, 0.0, 0.5]])
+    threshold = threshold_of([tensor], 0.4)
+    assert threshold == 1.0
+    assert above(tensor, threshold).tolist() == [[3.0, -1.0, 1.0], [1.0, 0.0, 0.0]]
+
+
+def test_updates_of_zeros_have_a_threshold() -> None:
+    assert threshold_of([torch.zeros(4, 4)], 0.5) == 0.0
+    assert threshold_of([torch.tensor([2.0, -3.0] + [0.0] * 8)], 0.9) == 0.0
 
 
 def test_a_share_is_not_rounded_down_by_floating_point() -> None:
     assert int(0.29 * 100) == 28  # which PEFT keeps
     assert int((magnitude_prune(low_rank(0, (10, 10)), 0.29) != 0).sum()) == 29
+    assert int((above(low_rank(0, (10, 10)), threshold_of([low_rank(0, (10, 10))], 0.29)) != 0).sum()) == 29
 
 
 def test_opposite_updates_cancel_in_ties() -> None:
-    assert not ties([DELTAS[0], -DELTAS[0]], density=1.0).any()
+    assert not ties([DELTAS[0], -DELTAS[0]], [1.0, 1.0]).any()
+    assert not ties([DELTAS[0], DELTAS[0]], [1.0, -1.0]).any()
+
+
+def test_an_update_of_zeros_changes_neither_election_nor_mean() -> None:
+    assert torch.equal(ties([*DELTAS, torch.zeros(12, 10)], [*ONES, 1.0]), ties(DELTAS, ONES))
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5])
 def test_agrees_with_peft_where_peft_follows_the_papers(density: float) -> None:
-    ones = torch.ones(3)
     assert torch.equal(magnitude_prune(DELTAS[1], density), merge_utils.prune(DELTAS[1], density, "magnitude"))
-    torch.testing.assert_close(ties(DELTAS, density), merge_utils.ties(DELTAS, ones, density))
+    torch.testing.assert_close(ties(pruned(density), ONES), merge_utils.ties(DELTAS, torch.ones(3), density))
+    torch.testing.assert_close(ties(pruned(density), [0.7] * 3), merge_utils.ties(DELTAS, torch.full((3,), 0.7), density))
     weights = [0.5, -1.0, 2.0]
-    pruned = [magnitude_prune(delta, density) for delta in DELTAS]
-    torch.testing.assert_close(task_arithmetic(pruned, weights), merge_utils.magnitude_prune(DELTAS, torch.tensor(weights), density))
+    expected = merge_utils.magnitude_prune(DELTAS, torch.tensor(weights), density)
+    torch.testing.assert_close(task_arithmetic(pruned(density), weights), expected)
 
 
-def test_dare_of_several_updates() -> None:
-    drop, weights = 0.6, [1.0, -0.5, 2.0]
-    generator = torch.Generator().manual_seed(7)
-    kept = [delta * (torch.rand(delta.shape, generator=generator) >= drop) / (1 - drop) for delta in DELTAS]
-    expected = sum(weight * delta for weight, delta in zip(weights, kept, strict=True))
-    torch.testing.assert_close(dare_linear(DELTAS, weights, drop, seed=7), expected)
-    torch.testing.assert_close(dare_ties(DELTAS, drop, seed=7, scale=0.5), 0.5 * agreed(kept))
-    assert not torch.equal(dare_linear(DELTAS, weights, drop, seed=8), dare_linear(DELTAS, weights, drop, seed=7))
+@pytest.mark.parametrize("weights", [ONES, [1.0, -0.5, 2.0]])
+def test_dare_agrees_with_peft_given_the_same_masks(weights: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT draws from the global generator; here it is handed the masks that were drawn."""
+    density = 0.4
+    kept = [dare(delta, density, draw_of(7, place, "w")) for place, delta in enumerate(DELTAS)]
+    masks = [(delta != 0).float() for delta in kept]
+    monkeypatch.setattr(torch, "bernoulli", lambda _: masks.pop(0))
+    torch.testing.assert_close(task_arithmetic(kept, weights), merge_utils.dare_linear(DELTAS, torch.tensor(weights), density))
+    if weights == ONES:
+        masks = [(delta != 0).float() for delta in kept]
+        torch.testing.assert_close(ties(kept, weights), merge_utils.dare_ties(DELTAS, torch.tensor(weights), density))
 
 
-def test_dare_that_drops_nothing_is_the_rest_of_the_method() -> None:
-    torch.testing.assert_close(dare_linear(DELTAS, [1.0, 2.0, -1.0], 0.0, seed=0), task_arithmetic(DELTAS, [1.0, 2.0, -1.0]))
-    torch.testing.assert_close(dare_ties(DELTAS, 0.0, seed=0), ties(DELTAS, density=1.0))
+def test_dare_drops_and_enlarges() -> None:
+    delta = torch.ones(200, 200)
+    kept = dare(delta, 0.25, draw_of(0, 0, "w"))
+    assert set(kept.unique().tolist()) == {0.0, 4.0}
+    assert float((kept != 0).float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(dare(DELTAS[0], 1.0, draw_of(0, 0, "w")), DELTAS[0])
+
+
+def test_a_draw_depends_on_seed_place_and_name_alone() -> None:
+    def mask(seed: int, place: int, name: str) -> Tensor:
+        return dare(torch.ones(30, 30), 0.5, draw_of(seed, place, name)) != 0
+
+    first = mask(1, 2, "layers.0.q_proj.weight")
+    mask(9, 9, "another")
+    assert torch.equal(mask(1, 2, "layers.0.q_proj.weight"), first)
+    for other in ((2, 2, "layers.0.q_proj.weight"), (1, 3, "layers.0.q_proj.weight"), (1, 2, "layers.1.q_proj.weight")):
+        assert float((mask(*other) == first).float().mean()) == pytest.approx(0.5, abs=0.1)
 
 
 def test_dare_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    dare_ties(DELTAS, 0.5, seed=1)
+    dare(DELTAS[0], 0.5, draw_of(1, 0, "w"))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_half_precision_is_summed_in_fp32() -> None:
     parts = [delta.bfloat16() for delta in DELTAS]
-    found = average(parts)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, sum(part.float() for part in parts) / 3)
+    for found, expected in (
+        (task_arithmetic(parts, ONES), sum(part.float() for part in parts)),
+        (ties(parts, ONES), agreed([part.float() for part in parts])),
+    ):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected)
+
+
+class Counted:
+    """Updates that are made one at a time, and how many live at once."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.passes += 1
+        return (delta.clone() for delta in DELTAS)
+
+
+def test_updates_are_iterated_not_collected_and_stay_as_they_are() -> None:
+    counted = Counted()
+    torch.testing.assert_close(ties(counted, ONES), ties(DELTAS, ONES))
+    assert counted.passes == 2
+    before = [delta.clone() for delta in DELTAS]
+    task_arithmetic(DELTAS, ONES)
+    ties(DELTAS, ONES)
+    threshold_of(DELTAS, 0.3)
+    assert all(torch.equal(left, right) for left, right in zip(before, DELTAS, strict=True))
 
 
 def test_what_cannot_be_combined_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing to combine"):
-        average([])
+        task_arithmetic([], [])
     with pytest.raises(ValueError, match="one shape"):
-        ties([DELTAS[0], DELTAS[1].T])
-    with pytest.raises(ValueError, match="as many finite weights"):
-        task_arithmetic(DELTAS, [1.0])
+        ties([DELTAS[0], DELTAS[1].T], [1.0, 1.0])
+    for weights in ([1.0], [1.0, math.nan, 1.0]):
+        with pytest.raises(ValueError, match="finite"):
+            task_arithmetic(DELTAS, weights)
     for density in (0.0, 1.1, math.nan):
         with pytest.raises(ValueError, match="density lies in"):
             magnitude_prune(DELTAS[0], density)
-    for drop in (-0.1, 1.0, math.nan):
-        with pytest.raises(ValueError, match="is dropped"):
-            dare(DELTAS[0], drop, torch.Generator())
+        with pytest.raises(ValueError, match="density lies in"):
+            dare(DELTAS[0], density, torch.Generator())
