@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from finetune.config.load import Loaded
     from finetune.config.schema import Config
     from finetune.evaluation.results import Results
+    from finetune.merging.combine import CombineReport
+    from finetune.merging.exports import ExportReport
     from finetune.merging.merge import MergeReport
     from finetune.runs import RunDirectory
     from finetune.training.metrics import Observer
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "analyze",
+    "combine",
     "evaluate",
+    "export",
     "launch",
     "load_config",
     "merge",
@@ -116,6 +120,47 @@ def merge(
     from finetune.merging.merge_run import merge_run
 
     return merge_run(found, config, destination, base=base, options=MergeOptions(**settings))
+
+
+class ExportSettings(TypedDict, total=False):
+    """Further arguments of `export`; each means what `finetune.merging.exports.ExportOptions` says of it."""
+
+    dtype: Literal["auto", "bf16", "fp16", "fp32"]
+    rank: int | None
+    force: bool
+
+
+def export(
+    run: Path,
+    destination: Path,
+    kind: Literal["nf4", "adapter"],
+    *,
+    base: Literal["dequantized", "original"] = "dequantized",
+    **settings: Unpack[ExportSettings],
+) -> ExportReport:
+    """A finished run as an NF4 model or as a plain adapter for serving engines, proven by loading it in a fresh process."""
+    from finetune.runs import open_run
+
+    found = open_run(run)
+    config = load_config(found.config).config
+    _prepare_process()
+    from finetune.merging.exports import ExportOptions
+    from finetune.merging.merge_run import export_run
+
+    return export_run(found, config, destination, base=base, options=ExportOptions(kind, **settings))
+
+
+def combine(
+    plan: Path, destination: Path, *, force: bool = False, progress: Callable[[str, int], None] = lambda *_: None
+) -> CombineReport:
+    """Several adapters of one base as one model or one adapter, as the YAML file ``plan`` says, proven against the exact sum."""
+    from finetune.config.combine import load_plan
+
+    loaded = load_plan(plan)
+    _prepare_process()
+    from finetune.merging.combine import combine as write
+
+    return write(loaded, destination, force=force, progress=progress)
 
 
 def analyze(runs: Sequence[Path], plot: Path | None = None, progress: Callable[[str, int], None] = lambda *_: None) -> Analysis:

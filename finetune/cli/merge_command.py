@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from finetune import api
+from finetune.cli import export_command
+from finetune.cli.export_command import Form
 from finetune.cli.options import Json, RunPath
+from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
     from finetune.merging.merge import MergeReport
@@ -21,6 +24,17 @@ _FEW_POSITIONS = 100
 def merge(  # noqa: PLR0913 - one parameter an option
     run: RunPath,
     output: Annotated[Path, typer.Option("-O", "--output", metavar="DIR", help="Directory to write; must be new or empty.")],
+    to: Annotated[
+        Form,
+        typer.Option(
+            "--to",
+            help="What is written: merged weights, a model quantized again to NF4, or a plain LoRA for serving engines. gguf: says how.",
+        ),
+    ] = "safetensors",
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", min=1, help="With --to adapter, of what must be approximated (DoRA, IA3). Default: what keeps 99 %."),
+    ] = None,
     base: Annotated[
         Literal["dequantized", "original"],
         typer.Option("--base", help="What the adapter is added to: the base it was trained on, or the unquantized original."),
@@ -50,6 +64,17 @@ def merge(  # noqa: PLR0913 - one parameter an option
     """
     from finetune.cli import view
 
+    if to != "safetensors":
+        merging_only = {"--rounding": rounding != "nearest", "--seed": seed, "--compare-bases": compare_bases}
+        kind = export_command.meant(
+            to, run, output, merging_only | {"--compare-dtypes": compare_dtypes, "--rank": rank if to != "adapter" else None}
+        )
+        exported = export_command.export(run, output, kind, base, {"dtype": dtype, "rank": rank, "force": force})
+        api.report(run)
+        export_command.show(exported, as_json=as_json)
+        return
+    if rank is not None:
+        raise ConfigError("--rank has no meaning with --to safetensors", where="--rank", fix="leave it out")
     with view.counting("merging") as advance:
         done = api.merge(
             run,
