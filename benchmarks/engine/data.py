@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,11 +102,13 @@ def classification_rows(train: int, validation: int, seed: int = 0) -> tuple[lis
 
 
 def write(directory: Path, train: int = ROWS, validation: int = VALIDATION_ROWS) -> Files:
-    """Both files, written anew."""
+    """Both files, written anew, each in one go: another benchmark may be reading them."""
     directory.mkdir(parents=True, exist_ok=True)
-    files = Files(directory / f"train-{train}.jsonl", directory / f"validation-{validation}.jsonl")
+    files = Files(directory / f"train-{train}.jsonl", directory / f"validation-{train}.jsonl")
     for path, found in zip((files.train, files.validation), classification_rows(train, validation), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        new.replace(path)
     return files
 
 

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 INTERVAL_S = 0.05
 
 
-Line = tuple[float, str]
-"""Seconds since the start of the command, and a line of what it wrote."""
+class Line(NamedTuple):
+    """A line that a command wrote."""
+
+    at_s: float
+    """Seconds since the command began."""
+    cpu_s: float
+    """Processor time that the command and its children had used by then."""
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +56,26 @@ def run(
     before, began = psutil.cpu_times(), time.perf_counter()
     errors = directory / "stderr.txt"
     with errors.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=file, text=True, env=dict(environment), cwd=directory)
+        process = subprocess.Popen(  # a session of its own: a tool's children end with it
+            [*map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            env=dict(environment),
+            cwd=directory,
+            start_new_session=True,
+        )
     watch = _Watch(process.pid, began, watched)
-    deadline = threading.Timer(timeout_s, process.kill)
+    deadline = threading.Timer(timeout_s, _kill, [process.pid])
     deadline.start()
     assert process.stdout is not None
-    lines = tuple((time.perf_counter() - began, line.rstrip("\n")) for line in process.stdout)
-    # wait4 instead of Popen.wait: it tells the processor time and the memory of this child and of the children it waited for
-    _, status, usage = os.wait4(process.pid, 0)
+    try:
+        lines = tuple(watch.line(text.rstrip("\n")) for text in process.stdout)
+        # wait4 instead of Popen.wait: it tells the processor time and the memory of this child and of the children it waited for
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        _kill(process.pid)
+        raise
     process.returncode = os.waitstatus_to_exitcode(status)
     wall, after = time.perf_counter() - began, psutil.cpu_times()
     deadline.cancel()
@@ -72,6 +93,11 @@ def run(
     )
 
 
+def _kill(session: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(session, signal.SIGKILL)
+
+
 class _Watch:
     """Looks at a process tree and a file now and then, in a thread."""
 
@@ -80,13 +106,15 @@ class _Watch:
         """Bytes, highest so far."""
         self.lines: list[Line] = []
         self._process, self._began, self._file, self._read = process, began, file, 0
+        self._used = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._done.wait(INTERVAL_S):
-            self.peak = max(self.peak, _resident(self._process))
+            with suppress(psutil.NoSuchProcess):  # one of them has just ended
+                self.peak = max(self.peak, sum(member.memory_info().rss for member in _tree(self._process)))
             self._look()
 
     def _look(self) -> None:
@@ -97,7 +125,13 @@ class _Watch:
             new = file.read()
         whole = new[: new.rfind("\n") + 1]
         self._read += len(whole.encode())
-        self.lines += [(time.perf_counter() - self._began, line) for line in whole.splitlines()]
+        self.lines += [self.line(text) for text in whole.splitlines()]
+
+    def line(self, text: str) -> Line:
+        """``text`` with the time at which it is seen."""
+        with suppress(psutil.NoSuchProcess):
+            self._used = max(self._used, _used(self._process))
+        return Line(time.perf_counter() - self._began, self._used, text)
 
     def stop(self) -> None:
         """A last look at the file."""
@@ -106,13 +140,12 @@ class _Watch:
         self._look()
 
 
-def _resident(process: int) -> int:
-    """Bytes of a process and its children now; 0 for what has ended."""
-    total = 0
-    try:
-        root = psutil.Process(process)
-        for member in (root, *root.children(recursive=True)):
-            total += member.memory_info().rss
-    except psutil.NoSuchProcess:
-        pass
-    return total
+def _used(process: int) -> float:
+    """Processor seconds of a process, its children and those that ended before."""
+    times = [member.cpu_times() for member in _tree(process)]
+    return sum(used.user + used.system for used in times) + sum(used.children_user + used.children_system for used in times)
+
+
+def _tree(process: int) -> list[psutil.Process]:
+    root = psutil.Process(process)
+    return [root, *root.children(recursive=True)]

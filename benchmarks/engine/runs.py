@@ -49,12 +49,13 @@ def prepare_work(rows: int) -> Work:
     return Work(model, files, template, train, validation)
 
 
-def steady(steps: Sequence[Step]) -> float:
-    """Tokens a second from the end of the last starting step to the end of the run."""
+def steady(steps: Sequence[Step]) -> tuple[float, float]:
+    """Tokens a second, and a processor second, from the end of the last starting step to the end of the last one."""
     first = max(1, round(len(steps) * STARTING_SHARE))
     if len(steps) <= first:
         raise ValueError(f"{len(steps)} steps are too few to tell a steady state")
-    return sum(step.tokens for step in steps[first:]) / (steps[-1].at_s - steps[first - 1].at_s)
+    tokens, begin, end = sum(step.tokens for step in steps[first:]), steps[first - 1], steps[-1]
+    return tokens / (end.at_s - begin.at_s), tokens / max(end.cpu_s - begin.cpu_s, 1e-9)
 
 
 def figures(measured: measure.Measured, steps: Sequence[Step], totals: dict[str, int]) -> dict[str, Any]:
@@ -62,13 +63,14 @@ def figures(measured: measure.Measured, steps: Sequence[Step], totals: dict[str,
     seen = sum(step.tokens for step in steps)
     if seen != totals["tokens"]:
         raise ValueError(f"the log tells of {seen} tokens, the rows have {totals['tokens']}")
-    rate, share = steady(steps), totals["supervised_tokens"] / totals["tokens"]
+    (rate, cpu_rate), share = steady(steps), totals["supervised_tokens"] / totals["tokens"]
     whole = totals["tokens"] / measured.wall_s
     return {
         "tokens_per_s": round(whole, 2),
         "supervised_tokens_per_s": round(whole * share, 2),
         "steady_tokens_per_s": round(rate, 2),
         "steady_supervised_tokens_per_s": round(rate * share, 2),
+        "steady_tokens_per_cpu_s": round(cpu_rate, 2),
         "tokens_per_cpu_s": round(totals["tokens"] / measured.cpu_s, 2),
         "wall_s": round(measured.wall_s, 2),
         "cpu_s": round(measured.cpu_s, 2),
@@ -81,9 +83,14 @@ def figures(measured: measure.Measured, steps: Sequence[Step], totals: dict[str,
 
 
 def run(tool: Tool, job: Job, work: Work, settings: Sequence[str]) -> dict[str, Any]:
-    """The figures of one run, or ``failed`` and what the tool said last."""
-    if job.directory.exists():
+    """The figures of one run, or ``failed`` and what the tool said last. What it wrote is deleted."""
+    try:
+        return _run(tool, job, work, settings)
+    finally:
         shutil.rmtree(job.directory)
+
+
+def _run(tool: Tool, job: Job, work: Work, settings: Sequence[str]) -> dict[str, Any]:
     job.directory.mkdir(parents=True)
     began = datetime.now(UTC).isoformat(timespec="seconds")
     identity = {"tool": tool.name, "nf4": job.nf4, "seed": job.seed, "began": began, "settings": list(settings)}
@@ -92,7 +99,7 @@ def run(tool: Tool, job: Job, work: Work, settings: Sequence[str]) -> dict[str, 
     except OSError as error:
         return identity | {"failed": str(error)}
     if measured.returncode:
-        said = [line for _, line in measured.lines][-5:] + measured.errors.splitlines()[-15:]
+        said = [line.text for line in measured.lines[-5:]] + measured.errors.splitlines()[-15:]
         return identity | {"failed": f"exit code {measured.returncode}", "said": said}
     try:
         found = figures(measured, tool.read(measured.lines), work.totals)
@@ -111,7 +118,5 @@ def validation_loss(work: Work, adapter: Path | None, *, nf4: bool) -> float:
 
 def job(work: Work, tool: Tool, *, nf4: bool = False, seed: int = 0, threads: int | None = None) -> Job:
     """One run's place and settings."""
-    place = WORK / "runs" / f"{tool.name}{'-nf4' if nf4 else ''}"
+    place = WORK / "runs" / f"{tool.name}{'-nf4' if nf4 else ''}-{os.getpid()}"
     return Job(work.model, work.files.train, work.template, place, seed=seed, nf4=nf4, threads=threads)
-
-

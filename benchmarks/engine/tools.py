@@ -11,7 +11,7 @@ import ast
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +58,8 @@ class Step:
 
     at_s: float
     """Seconds since the command began."""
+    cpu_s: float
+    """Processor seconds by then."""
     tokens: int
     """Of the step, without padding."""
     loss: float
@@ -104,8 +106,8 @@ def _finetune_command(job: Job, settings: Sequence[str]) -> list[str | Path]:
 
 
 def _finetune_steps(lines: Sequence[Line]) -> list[Step]:
-    rows = ((at, json.loads(line)) for at, line in lines)
-    return [Step(at, row["tokens"], row["loss"]) for at, row in rows if row["kind"] == "step"]
+    rows = ((line, json.loads(line.text)) for line in lines)
+    return [Step(line.at_s, line.cpu_s, row["tokens"], row["loss"]) for line, row in rows if row["kind"] == "step"]
 
 
 # --- transformers and PEFT -----------------------------------------------------------------------------------------------------------
@@ -119,8 +121,8 @@ def _plain_command(job: Job, settings: Sequence[str]) -> list[str | Path]:
 
 
 def _plain_steps(lines: Sequence[Line]) -> list[Step]:
-    rows = ((at, json.loads(line)) for at, line in lines if line.startswith("{"))
-    return [Step(at, row["tokens"], row["loss"]) for at, row in rows]
+    rows = ((line, json.loads(line.text)) for line in lines if line.text.startswith("{"))
+    return [Step(line.at_s, line.cpu_s, row["tokens"], row["loss"]) for line, row in rows]
 
 
 # --- TRL -----------------------------------------------------------------------------------------------------------------------------
@@ -162,17 +164,14 @@ def _trl_command(job: Job, settings: Sequence[str]) -> list[str | Path]:
 
 def _trl_steps(lines: Sequence[Line]) -> list[Step]:
     """From the dictionary that the trainer prints after each step; ``num_tokens`` counts from the start."""
-    return list(_trl_differences([(at, ast.literal_eval(line)) for at, line in lines if line.startswith("{") and "num_tokens" in line]))
-
-
-def _trl_differences(rows: Sequence[tuple[float, dict[str, object]]]) -> Iterator[Step]:
-    before = 0
-    for at, row in rows:
-        if "loss" not in row:  # the summary at the end
-            continue
-        seen = int(float(str(row["num_tokens"])))
-        yield Step(at, seen - before, float(str(row["loss"])))
-        before = seen
+    found, before = [], 0
+    for line in lines:
+        row = ast.literal_eval(line.text) if line.text.startswith("{") else {}
+        if "num_tokens" in row and "loss" in row:  # not the summary at the end
+            seen = int(float(row["num_tokens"]))
+            found.append(Step(line.at_s, line.cpu_s, seen - before, float(row["loss"])))
+            before = seen
+    return found
 
 
 _TRL_BF16 = ("--bf16", "True", "--dtype", "bfloat16")
