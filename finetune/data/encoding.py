@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from finetune.data.words import Words, sees_no_further
 from finetune.errors import DataError
 
 _STRANGE = ("\U00012000", "\ua66e", "\U0010fffd")  # characters that few vocabularies have
@@ -75,8 +76,14 @@ class Encoder:
             return self._direct(texts)
         parted = [self._borders.split(text) for text in texts]
         pieces = list(dict.fromkeys(chain.from_iterable([parts[::2] for parts in parted])))
-        known = {text: [number] for number, text in self.control.items()} | dict(zip(pieces, self._direct(pieces), strict=True))
+        encode = self._words.ids if self._words else self._direct
+        known = {text: [number] for number, text in self.control.items()} | dict(zip(pieces, encode(pieces), strict=True))
         return [list(chain.from_iterable([known[part] for part in parts])) for parts in parted]
+
+    @cached_property
+    def _words(self) -> Words | None:
+        added = self._tokenizer.added_tokens_decoder.values()
+        return Words(self._direct) if sees_no_further(self._backend, [token.content for token in added]) else None
 
     def _direct(self, texts: Sequence[str]) -> list[list[int]]:
         return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
