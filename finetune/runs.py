@@ -12,11 +12,13 @@ manifest does not exist for any command.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ from finetune.errors import ConfigError, HardwareError, VerificationError
 
 MANIFEST = "MANIFEST.json"
 _STEP_PREFIX = "step-"
+_DAMAGED_PREFIX = "damaged-"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def sha256_of(path: Path) -> str:
@@ -47,20 +51,37 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step: a reader sees the old file or the new one, never a part."""
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """HardwareError where ``path`` cannot be written, be it by Python or by safetensors, which has its own error for a full disk."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise HardwareError(f"cannot write: {what}", where=str(path), fix="free space or choose another output") from error
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling to write, which then takes the name ``path`` in one step: a reader never sees a part of the file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _fsync(path.parent)
-    except OSError as error:
+        with writing(path):
+            yield temporary
+            _fsync(temporary)
+            temporary.replace(path)
+            _fsync(path.parent)
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise HardwareError(f"cannot write: {error.strerror}", where=str(path), fix="free space or choose another output") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in one step: a reader sees the old file or the new one, never a part."""
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -84,11 +105,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def seal(directory: Path) -> None:
     """Force every file of ``directory`` to disk, then write its manifest."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
     hashes = {}
-    for path in files:
-        _fsync(path)
-        hashes[str(path.relative_to(directory))] = sha256_of(path)
+    for path in sorted(directory.rglob("*")):
+        if path.name == MANIFEST:
+            continue
+        _fsync(path)  # of a directory: the names in it
+        if path.is_file():
+            hashes[str(path.relative_to(directory))] = sha256_of(path)
     write_json(directory / MANIFEST, {"sha256": hashes})
 
 
@@ -99,11 +122,27 @@ def verify(directory: Path) -> None:
         raise VerificationError("the manifest has no hashes", where=str(directory), fix="use another checkpoint")
     present = {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir() and path.name != MANIFEST}
     for name in sorted(present | set(hashes)):
-        path = directory / name
-        if name not in hashes or name not in present or path.is_symlink() or sha256_of(path) != hashes[name]:
+        wrong = _wrong(directory / name, hashes.get(name), present=name in present)
+        if wrong:
             raise VerificationError(
-                f"{name} is not the file that was saved", where=str(directory), fix="the run's other checkpoints still resume: see --resume"
+                f"{name} is not the file that was saved: {wrong}",
+                where=str(directory),
+                fix="the run's other checkpoints still resume: see --resume",
             )
+
+
+def _wrong(path: Path, saved: str | None, *, present: bool) -> str:
+    """What is wrong with a file of a sealed directory whose manifest says ``saved``; empty where nothing is."""
+    if saved is None:
+        return "the manifest does not name it"
+    if not present:
+        return "it is missing"
+    if path.is_symlink():
+        return "it is a symbolic link"
+    try:
+        return "" if sha256_of(path) == saved else "its sha256 is another"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
 
 
 @contextmanager
@@ -116,23 +155,46 @@ def sealed_directory(destination: Path) -> Iterator[Path]:
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        seal(temporary)
-        if destination.exists():
-            old = destination.with_name(f".{destination.name}.{os.getpid()}.old")
-            destination.rename(old)
-            temporary.rename(destination)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(destination)
-        _fsync(destination.parent)
-    except OSError as error:
-        raise HardwareError(
-            f"cannot write: {error.strerror or error}", where=str(destination), fix="free space or choose another output"
-        ) from error
+        with writing(destination):
+            temporary.mkdir(parents=True)
+            yield temporary
+            seal(temporary)
+            _put(temporary, destination)
+            _fsync(destination.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(temporary: Path, destination: Path) -> None:
+    """Give ``temporary`` the name ``destination``. What bore it goes: at no instant is there nothing under that name, wherever the
+    file system can exchange two names; elsewhere `sweep` gives the name back."""
+    if not destination.exists():
+        temporary.rename(destination)
+    elif not _exchange(temporary, destination):  # else the old one now bears the temporary name, and is removed with it
+        old = destination.with_name(f".{destination.name}.{os.getpid()}.old")
+        destination.rename(old)
+        temporary.rename(destination)
+        shutil.rmtree(old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; False where this system or file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(second))
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove ``directory``: first its name, so that a kill leaves a temporary sibling and not half of a directory."""
+    going = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    directory.rename(going)
+    shutil.rmtree(going)
 
 
 # --- the run directory ---------------------------------------------------------------------------------------------------------------
@@ -202,21 +264,34 @@ class RunDirectory:
         return self.path / "checkpoints" / f"{_STEP_PREFIX}{step:08d}"
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps that have a checkpoint directory with a manifest, oldest first; their contents are not verified."""
-        folder = self.path / "checkpoints"
-        if not folder.is_dir():
-            return []
-        names = (path.name.removeprefix(_STEP_PREFIX) for path in folder.glob(f"{_STEP_PREFIX}*") if (path / MANIFEST).is_file())
+        """Steps that have a checkpoint directory, oldest first; what is in them is not looked at."""
+        names = (path.name.removeprefix(_STEP_PREFIX) for path in (self.path / "checkpoints").glob(f"{_STEP_PREFIX}*"))
         return sorted(int(name) for name in names if name.isdigit())
 
-    def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint whose every file verifies; damaged ones are passed over."""
+    def newest_checkpoint(self, passed_over: Callable[[Path, VerificationError], None] = lambda *_: None) -> Path | None:
+        """The newest checkpoint whose every file verifies; ``passed_over`` is told of each newer one and what is wrong with it."""
         for step in reversed(self.checkpoint_steps()):
             directory = self.checkpoint(step)
-            with suppress(VerificationError):
+            try:
                 verify(directory)
+            except VerificationError as error:
+                passed_over(directory, error)
+            else:
                 return directory
         return None
+
+    def set_aside(self, directory: Path) -> Path:
+        """Rename a damaged checkpoint, so that it is in nobody's way and still there to be looked at; returns its new place."""
+        aside = directory.with_name(_DAMAGED_PREFIX + directory.name)
+        if aside.exists():
+            remove_directory(aside)
+        return directory.rename(aside)
+
+    def flush_metrics(self) -> None:
+        """Force metrics.jsonl to disk."""
+        if self.metrics.is_file():
+            with writing(self.metrics):
+                _fsync(self.metrics)
 
     def metric_rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
@@ -260,6 +335,8 @@ def create_run(path: Path) -> RunDirectory:
     run = RunDirectory(path)
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        _fsync(path)
+        _fsync(path.absolute().parent)
     except OSError as error:
         raise HardwareError(
             f"cannot create the run directory: {error.strerror}", where=str(path), fix="choose another with -o output=..."
@@ -270,14 +347,40 @@ def create_run(path: Path) -> RunDirectory:
 def _is_fresh(path: Path) -> bool:
     """Whether ``path`` is empty, or holds only what a run writes before environment.json, which a kill may have left."""
     names = {str(entry.relative_to(path)) for entry in path.rglob("*") if entry.suffix != ".tmp"}
-    return names <= {".lock", "checkpoints", "config.yaml", "plan.json", "loftq_base.safetensors", "rows.safetensors"}
+    records = {"config.yaml", "plan.json", "rows.safetensors", "loftq_base.safetensors", "moved_base.safetensors"}
+    return names <= {".lock", "checkpoints", *records}
 
 
 def sweep(run: RunDirectory) -> None:
-    """Remove what killed processes left half-written; only under the run's lock."""
+    """Remove what killed processes left half-written, and give back names that they took away; only under the run's lock."""
     for folder in (run.path, run.path / "checkpoints"):
+        for old in folder.glob(".*.*.old"):
+            name = folder / old.name[1:].rsplit(".", 2)[0]
+            if not name.exists():
+                old.rename(name)
         for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def require_space(path: Path, needed: int, what: str) -> None:
+    """HardwareError unless the disk that holds ``path`` (which need not exist yet) has ``needed`` bytes free for ``what``."""
+    place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise HardwareError(
+            f"{what} need {_gib(needed)}, and {_gib(free)} are free on the disk",
+            where=str(path),
+            fix="free space, lower train.checkpoint.keep, or choose another disk with -o output=...",
+        )
+
+
+def bytes_below(directory: Path) -> int:
+    """Bytes of all files under ``directory``; 0 where there is none."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
 
 
 @contextmanager

@@ -100,6 +100,9 @@ class TrainingView:
         if event.step:
             self._print(f"step {event.step}: checkpoint saved", style="dim")
 
+    def _on_checkpointdamaged(self, event: Any) -> None:
+        self._print(f"{event.path.name} is damaged ({event.reason}); going on from an older one. It now lies at {event.aside}")
+
     def _print(self, text: str, style: str = "") -> None:
         (self._progress.console if view.err.is_terminal else view.err).print(text, style=style)
 

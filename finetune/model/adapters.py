@@ -5,10 +5,12 @@ The methods of the `tuning` union are told apart here and in `finetune.model.met
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,30 @@ def save(model: Any, directory: Path) -> None:
         model.save_pretrained(directory)
         return
     _require_equal(model, directory)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What the file of an adapter holds."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """The live tensors by their key in the file; for full tuning, what trains, by the model's own names."""
+    file: str
+    """Its name."""
+    write_config: Callable[[Path], None]
+    """Writes the adapter's configuration, as it is now, into a directory; later changes of the model are not seen."""
+
+
+def contents(model: Any) -> Contents:
+    """The parts that `save` writes, for a writer that must not touch the model."""
+    if isinstance(model, PeftModel):
+        config = copy.deepcopy(model.peft_config["default"])
+        config.inference_mode = True
+        return Contents(_state(model), WEIGHTS, config.save_pretrained)
+    if is_adapter(model):
+        settings = parts.config_fields(model)
+        return Contents(_state(model), WEIGHTS, lambda directory: parts.write_config(settings, directory))
+    return Contents(trainable(model), "model.safetensors", lambda _: None)
 
 
 def load(base: Any, directory: Path, *, is_trainable: bool = False) -> Any:

@@ -98,8 +98,17 @@ def _key(name: str) -> str:
 def save_parts(model: Any, directory: Path) -> None:
     """Write the parts of ``model`` and how they were made: its attributes ``own_tuning`` and ``own_base``."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors(model).items()}, directory / WEIGHTS)
-    settings = model.own_tuning.model_dump(mode="json")
-    write_json(directory / CONFIG, {"format": FORMAT, **settings, "base_model_name_or_path": model.own_base})
+    write_config(config_fields(model), directory)
+
+
+def config_fields(model: Any) -> dict[str, Any]:
+    """How the parts of ``model`` were made, as its file says it."""
+    return {"format": FORMAT, **model.own_tuning.model_dump(mode="json"), "base_model_name_or_path": model.own_base}
+
+
+def write_config(fields: Mapping[str, Any], directory: Path) -> None:
+    """Write `config_fields` into ``directory``."""
+    write_json(directory / CONFIG, fields)
 
 
 def read_config(directory: Path) -> Own | None:

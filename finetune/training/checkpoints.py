@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import DivergedError, VerificationError
 from finetune.model import adalora
-from finetune.model.adapters import is_adapter, read_into, save, trainable
-from finetune.runs import RunDirectory, read_json, sealed_directory, verify, write_json
+from finetune.model.adapters import contents, is_adapter, read_into, trainable
+from finetune.runs import RunDirectory, read_json, remove_directory, sealed_directory, verify, write_json
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -36,46 +37,106 @@ class Progress:
     """What early stopping waits to see undercut."""
     evaluations_without_gain: int = 0
     stopped_early: bool = False
+    evaluation_due: bool = False
+    """The validation of this step is still to be done: a signal came before its end."""
 
     def advanced(self, **changes: Any) -> Progress:
         """A copy with ``changes``."""
         return replace(self, **changes)
 
 
-def save_checkpoint(run: RunDirectory, run_id: str, model: Any, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-    """Write the checkpoint of ``progress.step``; it exists whole or not at all."""
-    broken = [name for name, parameter in trainable(model).items() if not bool(torch.isfinite(parameter).all())]
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A run at one moment, in memory that training does not touch: it can be written while the next steps run."""
+
+    progress: Progress
+    state: Mapping[str, Any]
+    """state.json."""
+    files: Mapping[str, Mapping[str, torch.Tensor]]
+    """File name -> tensors on the CPU."""
+    write_config: Callable[[Path], None]
+    """Writes the adapter's configuration into a directory."""
+
+
+def take_snapshot(where: Path, run_id: str, model: Any, optimizer: torch.optim.Optimizer, progress: Progress) -> Snapshot:
+    """Copy all that a checkpoint holds; DivergedError where a trained weight is not finite (``where``: the run, for the message)."""
+    parameters = trainable(model)
+    tensors, scalars = optimizer_state(optimizer, parameters)
+    broken = [name for name, tensor in {**parameters, **tensors}.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise DivergedError(
             f"{broken[0]} is not finite after step {progress.step}; no checkpoint was written",
-            where=str(run.path),
+            where=str(where),
             fix="lower optimizer.learning_rate or lengthen the warm-up; the last checkpoint is intact",
         )
-    destination = run.checkpoint(progress.step)
+    adapter = contents(model)
+    files = {adapter.file: {name: _copy(tensor) for name, tensor in adapter.tensors.items()}, OPTIMIZER: tensors}
+    state: dict[str, Any] = {"run_id": run_id, "progress": asdict(progress), "optimizer": scalars}
+    if adalora.is_adalora(model):
+        importance, state["kept_ranks"] = adalora.rank_state(model)
+        files[adalora.FILE] = {name: _copy(tensor) for name, tensor in importance.items()}
+    return Snapshot(progress, copy.deepcopy(state), files, adapter.write_config)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` on the CPU, contiguous and in memory of its own."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
+
+
+def write_checkpoint(run: RunDirectory, snapshot: Snapshot) -> Path:
+    """Write ``snapshot`` as the checkpoint of its step and read it back; it exists whole or not at all (pitfalls B1, B9).
+
+    HardwareError where the disk does not take it, VerificationError where what was written is not what was to be.
+    """
+    destination = run.checkpoint(snapshot.progress.step)
     with sealed_directory(destination) as directory:
-        save(model, directory)
-        tensors, scalars = optimizer_state(optimizer, trainable(model))
-        save_file(tensors, directory / OPTIMIZER)
-        state: dict[str, Any] = {"run_id": run_id, "progress": asdict(progress), "optimizer": scalars}
-        if adalora.is_adalora(model):
-            importance, kept = adalora.rank_state(model)
-            save_file(importance, directory / adalora.FILE)
-            state["kept_ranks"] = kept
-        write_json(directory / STATE, state)
+        for name, tensors in snapshot.files.items():
+            save_file(dict(tensors), directory / name, metadata={"format": "pt"})
+            _require_written(directory / name, tensors)
+        snapshot.write_config(directory)
+        write_json(directory / STATE, snapshot.state)
     return destination
 
 
-def load_checkpoint(directory: Path, run_id: str, model: Any, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put the state of ``directory`` into ``model`` and ``optimizer``; VerificationError where anything does not fit exactly."""
-    verify(directory)
+def _require_written(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    if not tensors and path.name != OPTIMIZER:
+        raise VerificationError("there is nothing to save: no tensor trains", where=str(path), fix="check tuning.targets")
+    with safe_open(path, "pt") as stored:
+        if set(stored.keys()) != set(tensors) or not all(torch.equal(stored.get_tensor(name), tensors[name]) for name in tensors):
+            raise VerificationError("what was written is not what was to be saved", where=str(path), fix="check the disk")
+
+
+_STATES = {"lion": 1.0, "lion-8bit": 1.0}
+"""States an optimizer keeps of each weight; 2 for all others."""
+_SMALL = 4096
+"""bitsandbytes keeps the states of tensors with fewer elements in 32 bits."""
+
+
+def checkpoint_bytes(parameters: Mapping[str, torch.nn.Parameter], method: str) -> int:
+    """About what a checkpoint takes on disk, once the optimizer ``method`` has states; rather too much than too little."""
+    total = 0.0
+    for parameter in parameters.values():
+        eight = method.endswith("-8bit") and parameter.numel() >= _SMALL
+        state = 1.1 if eight else parameter.element_size()  # a byte, its share of the block's scale, and the map
+        total += parameter.numel() * (parameter.element_size() + _STATES.get(method, 2.0) * state)
+    return int(total * 1.02) + 2**16 + 512 * len(parameters)
+
+
+def read_progress(directory: Path, run_id: str) -> Progress:
+    """Where the checkpoint in ``directory``, which was verified, stands; VerificationError where it is not one of the run ``run_id``."""
     state = read_json(directory / STATE)
     if state.get("run_id") != run_id:
         raise VerificationError("the checkpoint belongs to another run", where=str(directory), fix="remove it from this run directory")
+    return Progress(**state["progress"])
+
+
+def load_checkpoint(directory: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Put the state of ``directory``, which was verified, into ``model`` and ``optimizer``; VerificationError where it does not fit."""
+    state = read_json(directory / STATE)
     load_weights(directory, model)
     load_optimizer_state(optimizer, trainable(model), load_file(directory / OPTIMIZER), state["optimizer"])
     if adalora.is_adalora(model):
         adalora.load_rank_state(model, load_file(directory / adalora.FILE), state["kept_ranks"])
-    return Progress(**state["progress"])
 
 
 def load_weights(directory: Path, model: Any) -> None:
@@ -101,8 +162,8 @@ def optimizer_state(
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                # A clone: bitsandbytes shares one quantization map between all states, and safetensors refuses shared memory.
-                tensors[f"{name}/{key}"] = value.detach().cpu().clone().contiguous()
+                # A copy of its own: bitsandbytes shares one quantization map between all states, and safetensors refuses shared memory.
+                tensors[f"{name}/{key}"] = _copy(value)
             else:
                 scalars.setdefault(name, {})[key] = value
     return tensors, scalars
@@ -147,12 +208,12 @@ def _restore(optimizer: Any, parameter: torch.nn.Parameter, state: dict[str, Any
             own[field] = value
 
 
-def rotate(run: RunDirectory, keep: int, best_step: int | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints and the best one, by step and only once the newest verifies (pitfall B6)."""
-    steps = run.checkpoint_steps()
-    if not steps:
-        return
-    verify(run.checkpoint(steps[-1]))
-    for step in steps[:-keep]:
+def rotate(run: RunDirectory, newest: int, keep: int, best_step: int | None) -> None:
+    """Delete all but the newest ``keep`` checkpoints and the best one, by step and only once that of step ``newest`` verifies.
+
+    Time stamps are not looked at (pitfall B6). A checkpoint after ``newest`` can only be a stranger, and is left alone.
+    """
+    verify(run.checkpoint(newest))
+    for step in [step for step in run.checkpoint_steps() if step <= newest][:-keep]:
         if step != best_step:
-            shutil.rmtree(run.checkpoint(step))
+            remove_directory(run.checkpoint(step))

@@ -66,28 +66,39 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
     """
     start = _sums(session.parameters)
     first = progress.step
+    if progress.evaluation_due:  # a signal came while it ran
+        progress = _conclude(session, progress, stop)
     while progress.step < session.steps.total and not progress.stopped_early:
         row = _optimizer_step(session, progress.step, check_gradients=progress.step == first)
         session.record(row)
         progress = progress.advanced(
-            step=row.step, tokens=progress.tokens + row.tokens, supervised_tokens=progress.supervised_tokens + row.supervised_tokens
+            step=row.step,
+            tokens=progress.tokens + row.tokens,
+            supervised_tokens=progress.supervised_tokens + row.supervised_tokens,
+            evaluation_due=bool(session.data.validation) and _due(row.step, session.config.train.evaluate.every_steps, session.steps),
         )
-        improved = False
-        if session.data.validation and _due(row.step, session.config.train.evaluate.every_steps, session.steps):
-            progress, improved = _validate(session, progress)
-        stopping = _any_device(session, bool(stop))
-        if improved or stopping or progress.stopped_early or _due(row.step, session.config.train.checkpoint.every_steps, session.steps):
-            session.save(progress)
-        if stopping and progress.step < session.steps.total:
-            raise RunInterruptedError(
-                f"stopped by a signal after step {progress.step} of {session.steps.total}; a checkpoint is saved",
-                signal_number=stop.signal_number or 15,
-                where=session.config.output,
-                fix=f"finetune train {session.config.output}/config.yaml --resume",
-            )
+        progress = _conclude(session, progress, stop)
     if first == 0 and progress.step > 1:  # a resumed run may have only the schedule's last, tiny steps left
         pruned = adalora.pruned_whole(session.scorer.model)
         _require_change({name: sums for name, sums in start.items() if name not in pruned}, _sums(session.parameters), session.config)
+    return progress
+
+
+def _conclude(session: Session, progress: Progress, stop: StopRequest) -> Progress:
+    """What follows a step: validation and a checkpoint where they are due; RunInterruptedError where a signal came."""
+    improved = False
+    if progress.evaluation_due:
+        progress, improved = _validate(session, progress, stop)
+    stopping = _any_device(session, bool(stop))
+    if improved or stopping or progress.stopped_early or _due(progress.step, session.config.train.checkpoint.every_steps, session.steps):
+        session.save(progress)
+    if stopping:
+        raise RunInterruptedError(
+            f"stopped by a signal after step {progress.step} of {session.steps.total}; a checkpoint is saved",
+            signal_number=stop.signal_number or 15,
+            where=session.config.output,
+            fix=f"finetune train {session.config.output}/config.yaml --resume",
+        )
     return progress
 
 
@@ -145,7 +156,7 @@ def _keep_pace(session: Session, pieces: list[list[int]]) -> None:
 
 def _backward(session: Session, piece: list[int], seed: int, supervised: float) -> torch.Tensor:
     """Add one micro-batch's share of the gradient, in a step of ``supervised`` tokens; returns its share of the loss, on the device."""
-    batch = collate([session.data.train[index] for index in piece]).to(session.scorer.device)
+    batch = collate([session.data.train[index] for index in piece])  # on the host, where positions are decided without waiting
     torch.manual_seed(seed)
     with session.scorer.autocast():
         losses = target_losses(session.scorer.model, batch.ids, batch.attention, batch.supervised)
@@ -167,15 +178,17 @@ def _any_device(session: Session, flag: bool) -> bool:
     return bool(session.accelerator.reduce(torch.tensor(float(flag), device=session.scorer.device), "sum") > 0)
 
 
-def _validate(session: Session, progress: Progress) -> tuple[Progress, bool]:
-    """Validation loss; whether it is the best so far."""
+def _validate(session: Session, progress: Progress, stop: StopRequest) -> tuple[Progress, bool]:
+    """Validation loss; whether it is the best so far. After a signal it is given up, and stays due."""
     began = time.perf_counter()
-    loss = _validation_loss(session)
+    loss = _validation_loss(session, stop)
+    if loss is None:
+        return progress, False
     if not math.isfinite(loss):
         raise DivergedError(f"the validation loss is {loss} after step {progress.step}", where=session.config.output, fix=_CALMER)
     improved = progress.best_loss is None or loss < progress.best_loss
     session.record(Evaluated(progress.step, loss, time.perf_counter() - began, improved))
-    progress = progress.advanced(last_loss=loss)
+    progress = progress.advanced(last_loss=loss, evaluation_due=False)
     if improved:
         progress = progress.advanced(best_loss=loss, best_step=progress.step)
     early = session.config.train.early_stopping
@@ -187,11 +200,26 @@ def _validate(session: Session, progress: Progress) -> tuple[Progress, bool]:
     return progress.advanced(evaluations_without_gain=waited, stopped_early=waited >= early.patience), improved
 
 
-def _validation_loss(session: Session) -> float:
-    """Mean nats a supervised token; every device scores its share, and all get one figure to decide by."""
+class _GivenUpError(Exception):
+    """A signal came during validation."""
+
+
+def _validation_loss(session: Session, stop: StopRequest) -> float | None:
+    """Mean nats a supervised token; every device scores its share, and all get one figure to decide by. None where it was given up."""
     rank, world = session.accelerator.process_index, session.accelerator.num_processes
     scorer, rows = session.scorer, session.data.validation
-    total, count = scorer.total_loss(rows[rank::world])
+
+    def give_up(_: int) -> None:
+        if stop and not session.spread:  # where blocks are shared out, the others wait for every pass
+            raise _GivenUpError
+
+    try:
+        total, count = scorer.total_loss(rows[rank::world], give_up)
+    except _GivenUpError:
+        total, count = math.nan, -1
+    given_up = _any_device(session, count < 0)
+    if given_up:
+        return None
     if session.spread:
         for _ in range(idle_scores(rows.lengths.tolist(), scorer.max_tokens, rank, world, packed=scorer.packed)):
             scorer.total_loss(rows[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.planning.steps import Steps
-from finetune.runs import RunDirectory, write_text
+from finetune.runs import RunDirectory, write_text, writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +79,23 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointDamaged:
+    """A checkpoint that is not what was saved: the run goes on from an older one."""
+
+    path: Path
+    reason: str
+    aside: Path
+    """Where it lies now."""
+
+
+@dataclass(frozen=True, slots=True)
 class AlreadyFinished:
     """The run that was to be resumed has nothing left to do."""
 
     path: Path
 
 
-Event = AlreadyFinished | Preparing | Started | StepDone | Evaluated | CheckpointSaved
+Event = AlreadyFinished | Preparing | Started | StepDone | Evaluated | CheckpointSaved | CheckpointDamaged
 Observer = Callable[[Event], None]
 
 
@@ -96,17 +107,24 @@ def ignore(event: Event) -> None:
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, appended as it happens."""
 
-    def __init__(self, run: RunDirectory, from_step: int) -> None:
-        """Continue after ``from_step``; rows beyond it were written by steps that a kill undid, and are dropped."""
+    def __init__(self, run: RunDirectory, from_step: int, *, evaluation_due: bool = False) -> None:
+        """Continue after ``from_step``; rows beyond it were written by steps that a kill undid, and are dropped.
+
+        ``evaluation_due``: the evaluation of that step is still to come, or to be done again.
+        """
         self._path = run.metrics
-        rows = [row for row in run.metric_rows() if row.get("step", 0) <= from_step]
+        kept = [row for row in run.metric_rows() if row.get("step", 0) <= from_step]
+        rows = [row for row in kept if not (evaluation_due and row.get("step") == from_step and row.get("kind") == "evaluation")]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, event: StepDone | Evaluated) -> None:
         """Write one row; a single write call, so that a kill cuts at most the last line."""
         row = {"kind": "step" if isinstance(event, StepDone) else "evaluation", **asdict(event)}
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, (json.dumps(row, allow_nan=False) + "\n").encode())
-        finally:
-            os.close(descriptor)
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        with writing(self._path):
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                if os.write(descriptor, line) != len(line):  # what a full disk took of it is dropped when the run is resumed
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(descriptor)

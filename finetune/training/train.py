@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from finetune.config.dump import dump_config
 from finetune.config.schema import AdaLora, Config
 from finetune.data.prepare import PreparedData, prepare
 from finetune.data.render import Renderer
-from finetune.data.stored import save_rows
-from finetune.errors import ConfigError, HardwareError, VerificationError
-from finetune.hardware import crowd_size, detect, environment
+from finetune.errors import ConfigError, HardwareError, RunInterruptedError, VerificationError
+from finetune.hardware import crowd_size, detect
 from finetune.model.adalora import plan_ranks
 from finetune.model.adapters import count_parameters, trainable
 from finetune.model.builtin import fingerprint, resolve_model
@@ -29,16 +26,32 @@ from finetune.model.tokens import token_ids
 from finetune.planning.resolve import Resolved, resolve
 from finetune.planning.steps import Steps, count_steps
 from finetune.planning.strategy import Crowd, read_weights
-from finetune.runs import RunDirectory, create_run, locked, open_run, read_json, require_free, sha256_of, sweep, write_json, write_text
+from finetune.runs import (
+    RunDirectory,
+    locked,
+    open_run,
+    read_json,
+    require_free,
+    sweep,
+)
 from finetune.scoring import Scorer
 from finetune.training.build import Built, Materials, build_model
-from finetune.training.checkpoints import Progress, load_checkpoint, rotate, save_checkpoint
-from finetune.training.distributed import explained, require_own_launch, require_shared
-from finetune.training.export import export
-from finetune.training.groups import ParameterGroup, assign_groups
+from finetune.training.checkpoints import (
+    Progress,
+    Snapshot,
+    load_checkpoint,
+    read_progress,
+    rotate,
+    take_snapshot,
+    write_checkpoint,
+)
+from finetune.training.distributed import explained, require_own_launch
+from finetune.training.export import export, is_finished
+from finetune.training.groups import assign_groups
 from finetune.training.loop import Session, fit
 from finetune.training.metrics import (
     AlreadyFinished,
+    CheckpointDamaged,
     CheckpointSaved,
     Evaluated,
     Event,
@@ -50,10 +63,12 @@ from finetune.training.metrics import (
     ignore,
 )
 from finetune.training.optimizer import build_optimizer
-from finetune.training.resume import identity, require_same
+from finetune.training.records import Parts, Start, begin, require_room, run_id
+from finetune.training.resume import identity, same_settings
 from finetune.training.sharding import shard
-from finetune.training.signals import StopRequest, stop_on_signals
+from finetune.training.signals import Interruption, StopRequest, stop_on_signals
 from finetune.training.tracking import require_trackers, scalars, trackers
+from finetune.training.writer import CheckpointWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,53 +95,163 @@ def gather(config: Config, progress: Callable[[str, int, int], None] = lambda *_
     return Inputs(base, renderer, data, resolve(config, detect(), crowd), count_steps(config, len(data.train)))
 
 
-def train(config: Config, observer: Observer = ignore, *, resume: bool = False) -> RunDirectory:
+def train(config: Config, observer: Observer = ignore, *, resume: bool = False, accept: Sequence[str] = ()) -> RunDirectory:
     """Train as ``config`` says and return the run directory; with ``resume`` continue the run that lies there.
 
-    Raises the errors of `finetune.errors`; whatever is wrong with configuration, data or targets is known before anything is written.
+    ``accept`` names what may have changed since it was started. Raises the errors of `finetune.errors`; whatever is wrong with
+    configuration, data or targets is known before anything is written. RunInterruptedError after SIGINT, SIGTERM or SIGUSR1, in any phase.
     """
     run = RunDirectory(Path(config.output))
-    if not resume:
-        require_free(run.path)
-    elif not run.environment.is_file():
-        raise ConfigError("there is no run to resume", where=str(run.path), fix="leave out --resume to begin it")
-    elif _is_finished(open_run(run.path)):
-        observer(AlreadyFinished(run.path))
-        return run
-    require_trackers(config.tracking)
-    require_own_launch()
-    inputs = gather(config, lambda stage, done, of: observer(Preparing(stage, done, of)))
-    if resume:
-        inputs = replace(inputs, resolved=inputs.resolved.pinned(**read_json(run.environment)["computed_in"]))
-    # Process groups exist only from here on: slow preparation on one rank cannot time out another (pitfall B4).
-    with explained(), stop_on_signals() as stop:
-        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accept and not resume:
+        raise ConfigError("--accept goes with --resume", where=f"--accept {accept[0]}", fix="leave it out: a new run has nothing to accept")
+    with stop_on_signals() as stop, explained(stop):
+        try:
+            return _train(run, config, observer, stop, accept if resume else None)
+        except Interruption as signal:
+            begun = run.environment.is_file()
+            fix = f"finetune train {run.config} --resume" if begun else "nothing was begun: run the same command again"
+            raise RunInterruptedError("stopped by a signal", signal_number=signal.number, where=str(run.path), fix=fix) from None
+
+
+def _train(run: RunDirectory, config: Config, observer: Observer, stop: StopRequest, accept: Sequence[str] | None) -> RunDirectory:
+    """``accept`` None: a new run."""
+    with ExitStack() as held:
+        if accept is None:
+            require_free(run.path)
+        else:
+            _require_begun(run)
+            held.enter_context(locked(run.path) if is_first() else nullcontext())
+            if is_finished(run) and same_settings(run, config):
+                observer(AlreadyFinished(run.path))
+                return run
+        newest = None if accept is None else _newest(run, observer)
+        require_trackers(config.tracking)
+        require_own_launch()
+        inputs = gather(config, lambda stage, done, of: observer(Preparing(stage, done, of)))
+        if accept is not None:
+            inputs = replace(inputs, resolved=inputs.resolved.pinned(**read_json(run.environment)["computed_in"]))
         set_seed(config.seed)  # before the model is built: the seed must reach the adapter's initialization (pitfall A13)
         # a run that was killed before its first checkpoint begins again, with the same initialization
-        resumed = resume and bool(run.checkpoint_steps())
-        parts = _build(config, inputs, accelerator, run.path if resumed else None)
-        with locked(run.path) if accelerator.is_main_process else nullcontext():
-            start = _begin(run, config, parts, resume=resume)
-            if resumed:
-                start = replace(start, progress=_load_newest(run, start.run_id, parts))
-            observer(_started(config, parts, start.progress.step))
-            opened: AbstractContextManager[list[Any]] = trackers(config.tracking, run) if accelerator.is_main_process else nullcontext([])
-            with opened as watching:
-                session = _session(start, config, parts, _joined(observer, watching))
-                if not resumed:
-                    session.save(start.progress)  # proves before the first step that a checkpoint can be written (pitfall B7)
-                progress = _fit(session, start.progress, stop)
-            if accelerator.is_main_process:
-                export(run, config, inputs.renderer.tokenizer, parts.built.model, progress)
-            accelerator.wait_for_everyone()
+        built = _build(config, inputs, run.path if newest else None)
+        now = _identity(config, inputs, built)
+        # Process groups exist only from here on: slow preparation on one rank cannot time out another (pitfall B4).
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        parts = _equip(config, inputs, built, accelerator)
+        if accelerator.is_main_process:
+            require_room(run, config, parts)
+            held.enter_context(locked(run.path) if accept is None else nullcontext())
+        progress = read_progress(newest, run_id(run)) if newest else Progress()
+        start = begin(Start(run, progress, accept, now, preflight=newest is None), config, parts, accelerator)
+        if newest:
+            load_checkpoint(newest, built.model, parts.optimizer)
+        observer(_started(config, parts, accelerator, start))
+        opened: AbstractContextManager[list[Any]] = trackers(config.tracking, run) if accelerator.is_main_process else nullcontext([])
+        with opened as watching:
+            progress = _train_from(start, config, parts, accelerator, _joined(observer, watching), stop)
+        if accelerator.is_main_process:
+            export(run, config, inputs.renderer.tokenizer, built.model, progress)
+        accelerator.wait_for_everyone()
     return run
 
 
-def _is_finished(run: RunDirectory) -> bool:
-    """Whether nothing is left to do; a result that was damaged since is written again from the newest checkpoint."""
-    with suppress(VerificationError):
-        return run.trained() is not None
-    return False
+def is_first() -> bool:
+    """Whether this is the only process or the first of several, known before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _require_begun(run: RunDirectory) -> None:
+    if not run.environment.is_file():
+        raise ConfigError("there is no run to resume", where=str(run.path), fix="leave out --resume to begin it")
+    open_run(run.path)
+
+
+def _newest(run: RunDirectory, observer: Observer) -> Path | None:
+    """The newest intact checkpoint of a run; None where it was killed before its first. Damaged ones are told of and set aside."""
+    if is_first():
+        sweep(run)
+    damaged: list[tuple[Path, VerificationError]] = []
+    newest = run.newest_checkpoint(lambda path, error: damaged.append((path, error)))
+    if damaged and newest is None:
+        raise VerificationError(
+            f"no checkpoint of this run is intact; the newest: {damaged[0][1].problems[0].what}",
+            where=str(damaged[0][0]),
+            fix="restore the directory from a copy, or start again with another output",
+        )
+    for path, error in damaged if is_first() else ():
+        observer(CheckpointDamaged(path, error.problems[0].what, run.set_aside(path)))
+    return newest
+
+
+def _device() -> torch.device:
+    """This process's own, as accelerate will choose it."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _build(config: Config, inputs: Inputs, resumed: Path | None) -> Built:
+    """The model, before there is a process group: loading a large base, and LoftQ, take as long as they take."""
+    materials = Materials(inputs.base, inputs.resolved, token_ids(inputs.renderer.tokenizer, config.model.new_tokens), inputs.data.train)
+    # a model that is to be spread need not fit on one device: it is built on the host
+    device = torch.device("cpu") if inputs.resolved.strategy.value == "fsdp" else _device()
+    built = build_model(config, materials, device, resumed)
+    if isinstance(config.tuning, AdaLora):
+        plan_ranks(built.model, config.tuning, inputs.steps.total)
+    require_vocabulary(inputs.renderer.tokenizer, built.model)
+    return built
+
+
+def _identity(config: Config, inputs: Inputs, built: Built) -> dict[str, Any]:
+    """What makes this run the run it is. The first process alone compares it, so that a large base is not read once a device."""
+    base = fingerprint(inputs.base) if is_first() else ""
+    prints = {"data": inputs.data.fingerprint, "base": base, "chat template": inputs.renderer.template_hash}
+    return identity(config, prints, trainable(built.model))
+
+
+def _equip(config: Config, inputs: Inputs, built: Built, accelerator: Any) -> Parts:
+    """Spread the model over the devices where that is the strategy, and give it its optimizer."""
+    if inputs.resolved.strategy.value == "fsdp":
+        shard(built.model, accelerator.device, accelerator.num_processes, offload=config.distributed.offload)
+    parameters = trainable(built.model)
+    decided = config.optimizer.model_copy(update={"method": inputs.resolved.optimizer.value})
+    groups = assign_groups(parameters, decided)
+    return Parts(inputs, built, groups, build_optimizer(parameters, groups, decided), decided.method)
+
+
+def _train_from(start: Start, config: Config, parts: Parts, accelerator: Any, observer: Observer, stop: StopRequest) -> Progress:
+    """Train to the end; returns when the last checkpoint is on disk."""
+    run, own_id, model, inputs = start.run, run_id(start.run), parts.built.model, parts.inputs
+    due = start.progress.evaluation_due
+    metrics = MetricsFile(run, start.progress.step, evaluation_due=due) if accelerator.is_main_process else None
+
+    def write(snapshot: Snapshot) -> Path:
+        run.flush_metrics()  # a checkpoint never knows of a step that metrics.jsonl could still lose
+        path = write_checkpoint(run, snapshot)
+        rotate(run, snapshot.progress.step, config.train.checkpoint.keep, snapshot.progress.best_step)
+        return path
+
+    with CheckpointWriter(write, lambda step, path: observer(CheckpointSaved(step, path))) as writer:
+
+        def record(event: StepDone | Evaluated) -> None:
+            if metrics is not None:
+                metrics.append(event)
+                observer(event)
+                writer.poll()
+
+        def save(progress: Progress) -> None:
+            if metrics is not None:
+                writer.submit(take_snapshot(run.path, own_id, model, parts.optimizer, progress))
+            accelerator.wait_for_everyone()
+
+        scorer = Scorer(model, accelerator.device, inputs.resolved.precision.value, inputs.resolved.tokens_per_device.value)
+        session = Session(config, inputs.steps, inputs.data, scorer, parts.optimizer, parts.groups, accelerator, record, save)
+        if start.preflight:
+            save(start.progress)
+            writer.wait()  # proves before the first step that a checkpoint can be written (pitfall B7)
+        with stop.finishing_steps():
+            return _fit(session, start.progress, stop)
 
 
 def _fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
@@ -139,101 +264,6 @@ def _fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
             where=session.config.output,
             fix=f"finetune train {session.config.output}/config.yaml --resume -o train.tokens_per_device={max(16, budget // 2)}",
         ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """All that is built before the run directory is touched."""
-
-    inputs: Inputs
-    built: Built
-    groups: list[ParameterGroup]
-    optimizer: torch.optim.Optimizer
-    accelerator: Any
-
-
-def _build(config: Config, inputs: Inputs, accelerator: Any, resumed: Path | None) -> _Parts:
-    new_ids = token_ids(inputs.renderer.tokenizer, config.model.new_tokens)
-    materials = Materials(inputs.base, inputs.resolved, new_ids, inputs.data.train)
-    spread = inputs.resolved.strategy.value == "fsdp"
-    # a model that is to be spread need not fit on one device: it is built on the host
-    built = build_model(config, materials, torch.device("cpu") if spread else accelerator.device, resumed)
-    if spread:
-        shard(built.model, accelerator.device, accelerator.num_processes, offload=config.distributed.offload)
-    if isinstance(config.tuning, AdaLora):
-        plan_ranks(built.model, config.tuning, inputs.steps.total)
-    require_vocabulary(inputs.renderer.tokenizer, built.model)
-    parameters = trainable(built.model)
-    decided = config.optimizer.model_copy(update={"method": inputs.resolved.optimizer.value})
-    groups = assign_groups(parameters, decided)
-    return _Parts(inputs, built, groups, build_optimizer(parameters, groups, decided), accelerator)
-
-
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """A run directory that is ready to be written, and where the run stands."""
-
-    run: RunDirectory
-    run_id: str
-    progress: Progress
-
-
-def _begin(run: RunDirectory, config: Config, parts: _Parts, *, resume: bool) -> _Start:
-    """Create the run directory and its records, or check that the one on disk is the same run."""
-    inputs, built = parts.inputs, parts.built
-    prints = {"data": inputs.data.fingerprint, "base": fingerprint(inputs.base), "chat template": inputs.renderer.template_hash}
-    now = identity(config, prints, trainable(built.model))
-    if parts.accelerator.is_main_process:
-        sweep(run)
-    if resume:
-        require_same(run, now)
-    elif parts.accelerator.is_main_process:
-        create_run(run.path)
-        write_text(run.config, dump_config(config.model_copy(update={"output": str(run.path.absolute())})))
-        save_rows(run.rows, inputs.data.train, inputs.data.validation)
-        groups = [group.summary() for group in parts.groups]
-        write_json(
-            run.plan,
-            {"steps": asdict(inputs.steps), "resolved": inputs.resolved.as_dict(), "groups": groups, "data": inputs.data.report.as_dict()},
-        )
-        if built.start is not None:
-            built.start.save(run.path)
-        write_json(
-            run.environment,
-            environment()
-            | {"run_id": uuid.uuid4().hex, "started": datetime.now(UTC).isoformat(), "seed": config.seed, "identity": now}
-            | {"computed_in": inputs.resolved.types(), "rows_sha256": sha256_of(run.rows)},
-        )
-    parts.accelerator.wait_for_everyone()
-    require_shared(run.environment)
-    return _Start(run, str(read_json(run.environment)["run_id"]), Progress())
-
-
-def _load_newest(run: RunDirectory, run_id: str, parts: _Parts) -> Progress:
-    found = run.newest_checkpoint()
-    if found is None:
-        raise VerificationError("no checkpoint of this run is intact", where=str(run.path), fix="start again with another output")
-    return load_checkpoint(found, run_id, parts.built.model, parts.optimizer)
-
-
-def _session(start: _Start, config: Config, parts: _Parts, observer: Observer) -> Session:
-    inputs, accelerator = parts.inputs, parts.accelerator
-    metrics = MetricsFile(start.run, start.progress.step) if accelerator.is_main_process else None
-
-    def record(event: StepDone | Evaluated) -> None:
-        if metrics is not None:
-            metrics.append(event)
-            observer(event)
-
-    def save(progress: Progress) -> None:
-        if metrics is not None:
-            path = save_checkpoint(start.run, start.run_id, parts.built.model, parts.optimizer, progress)
-            rotate(start.run, config.train.checkpoint.keep, progress.best_step)
-            observer(CheckpointSaved(progress.step, path))
-        accelerator.wait_for_everyone()
-
-    scorer = Scorer(parts.built.model, accelerator.device, inputs.resolved.precision.value, inputs.resolved.tokens_per_device.value)
-    return Session(config, inputs.steps, inputs.data, scorer, parts.optimizer, parts.groups, accelerator, record, save)
 
 
 def _joined(observer: Observer, watching: list[Any]) -> Observer:
@@ -254,11 +284,11 @@ def _kernels(built: Built) -> tuple[str, str]:
     return built.accelerated.summary, "where a probe of the model found them exact"
 
 
-def _started(config: Config, parts: _Parts, done: int) -> Started:
+def _started(config: Config, parts: Parts, accelerator: Any, start: Start) -> Started:
     resolved, counts = parts.inputs.resolved, parts.inputs.data.counts
     return Started(
         steps=parts.inputs.steps,
-        done=done,
+        done=start.progress.step,
         trainable=sum(parameter.numel() for parameter in trainable(parts.built.model).values()),
         total=count_parameters(parts.built.model),
         groups=tuple(group.summary() for group in parts.groups),
@@ -266,11 +296,11 @@ def _started(config: Config, parts: _Parts, done: int) -> Started:
         choices={
             "precision": (resolved.precision.value, resolved.precision.reason),
             "tokens a micro-batch": (str(resolved.tokens_per_device.value), resolved.tokens_per_device.reason),
-            **({"strategy": (resolved.strategy.value, resolved.strategy.reason)} if parts.accelerator.num_processes > 1 else {}),
+            **({"strategy": (resolved.strategy.value, resolved.strategy.reason)} if accelerator.num_processes > 1 else {}),
             **({"optimizer": (resolved.optimizer.value, resolved.optimizer.reason)} if config.optimizer.method == "auto" else {}),
             "gradient checkpointing": ("on" if resolved.gradient_checkpointing.value else "off", resolved.gradient_checkpointing.reason),
             "kernels": _kernels(parts.built),
         },
-        notes=parts.built.notes,
-        device=f"{parts.accelerator.num_processes} x {parts.accelerator.device.type}, base {config.quantization.method}",
+        notes=(*start.notes, *parts.built.notes),
+        device=f"{accelerator.num_processes} x {accelerator.device.type}, base {config.quantization.method}",
     )
