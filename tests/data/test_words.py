@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -37,7 +38,8 @@ def backend(shape: str) -> Tokenizer:
     tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False)
     text = general_text()[:20_000]
-    tokenizer.train_from_iterator([text[start : start + 200] for start in range(0, len(text), 200)], trainer)
+    runs = ["".join(run) * 9 for length in (2, 3, 4) for run in product(" \n\t", repeat=length)]  # or runs of white space had no tokens
+    tokenizer.train_from_iterator([*[text[start : start + 200] for start in range(0, len(text), 200)], *runs], trainer)
     tokenizer.pre_tokenizer = SHAPES[shape]
     if shape == "qwen":
         tokenizer.normalizer = normalizers.NFC()
