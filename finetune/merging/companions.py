@@ -35,14 +35,9 @@ _DROPPED = ("torch_dtype", "quantization_config", "_name_or_path", "auto_map")
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:
-    """config.json of the base; ConfigError where it is missing, or where the checkpoint is quantized already."""
+    """config.json of the base; ConfigError where it is missing."""
     path = directory / "config.json"
-    config = _read_object(path)
-    if config.get("quantization_config"):
-        raise ConfigError(
-            "the base checkpoint is quantized already", where=str(path), fix="use the original, unquantized model as model.id"
-        )
-    return config
+    return _read_object(path)
 
 
 def write_model_config(destination: Path, config: Mapping[str, Any], dtype: torch.dtype, *, untied: bool, rows: int | None = None) -> None:

@@ -26,6 +26,7 @@ from finetune.merging.fitting import require_fitting, settle_tie, unties, with_n
 from finetune.merging.inputs import Inputs, MergeSource, open_inputs
 from finetune.merging.rounding import Rounding, rounded
 from finetune.merging.updates import Update
+from finetune.model.packed import PackedWeights
 from finetune.model.quantize import roundtrip
 from finetune.model.shards import ShardWriter, Slot
 from finetune.model.tokens import enlarged
@@ -143,6 +144,8 @@ def _base_values(inputs: Inputs, name: str, stored: Tensor, *, quantized: bool) 
     if corrections is not None and module in corrections.modules:
         base = corrections.read(module).base
         stored = base.added_to(stored, -1.0) if base is not None else stored
+    if isinstance(inputs.weights, PackedWeights):
+        return stored.float()  # as it was stored quantized: a second time would change it
     return roundtrip(stored, source.quantization, source.compute_dtype, source.device)
 
 

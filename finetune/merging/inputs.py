@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from finetune.config.schema import Quantization
-from finetune.errors import VerificationError
+from finetune.errors import ConfigError, VerificationError
 from finetune.merging.adapter import Adapter
 from finetune.merging.layout import Layout, read_layout
 from finetune.model.correction import FILE as CORRECTION
 from finetune.model.correction import Corrections
+from finetune.model.packed import PackedWeights, open_weights
 from finetune.model.weights import Weights
 
 Base = Literal["dequantized", "original"]
@@ -51,7 +52,7 @@ class Inputs:
     """The open files of a merge."""
 
     source: MergeSource
-    weights: Weights
+    weights: Weights | PackedWeights
     adapter: Adapter
     corrections: Corrections | None
     layout: Layout
@@ -60,7 +61,16 @@ class Inputs:
 def open_inputs(source: MergeSource, stack: ExitStack) -> Inputs:
     """Open the files of ``source``, which ``stack`` closes; VerificationError where one is missing, damaged or not understood."""
     layout = read_layout(source.base_dir, source.quantization)
-    weights = stack.enter_context(Weights.of_model(source.base_dir))
+    weights = open_weights(source.base_dir, source.compute_dtype, source.device)
+    stack.callback(weights.close)
+    if isinstance(weights, PackedWeights):
+        if source.base == "original":
+            raise ConfigError(
+                "the checkpoint is quantized: the original base is not on this machine",
+                where=str(source.base_dir),
+                fix="merge with --base dequantized and without --compare-bases",
+            )
+        layout = replace(layout, quantized=weights.modules)
     adapter = stack.enter_context(Adapter(source.adapter_dir))
     return Inputs(source, weights, adapter, _corrections(source, stack), layout)
 

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune.config.schema import Quantization
 from finetune.errors import ConfigError, HardwareError, VerificationError
-from finetune.model.quantize import bnb_config, disable_cpu_repacking
+from finetune.model.packed import stored_quantization
+from finetune.model.quantize import bnb_config, compute_in, disable_cpu_repacking
 from finetune.model.tokens import add_tokens
 from finetune.planning.resolve import Resolved
 
@@ -41,16 +42,19 @@ def load_base(directory: Path, quantization: Quantization, dtype: torch.dtype, d
     """The frozen base in eval mode on ``device``.
 
     Weights of quantized modules stand for `quantize.roundtrip` of the original; everything else is in ``dtype``, which is also the type
-    that quantized weights are dequantized to. Raises ConfigError for a model that transformers cannot build without remote code,
-    HardwareError where memory runs out, VerificationError where a file is damaged or a tensor is missing, left over or of another shape.
+    that quantized weights are dequantized to. A checkpoint that is quantized already is loaded as it is stored, whatever
+    ``quantization`` says: `packed.require_agreement` is for those who train on it. Raises ConfigError for a model that transformers
+    cannot build without remote code, HardwareError where memory runs out, VerificationError where a file is damaged or a tensor is
+    missing, left over or of another shape.
     """
+    stored = stored_quantization(directory)
     with _explained(directory, device):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
             dtype=dtype,
-            quantization_config=bnb_config(quantization, dtype),
+            quantization_config=None if stored else bnb_config(quantization, dtype),
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
@@ -61,6 +65,8 @@ def load_base(directory: Path, quantization: Quantization, dtype: torch.dtype, d
     _require_complete(info, directory)
     _require_shapes(model, directory)
     disable_cpu_repacking(model)
+    if stored:
+        compute_in(model, dtype)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()

@@ -70,6 +70,18 @@ def disable_cpu_repacking(model: nn.Module) -> int:
     return len(modules)
 
 
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let ``model``, which was stored quantized, compute in ``dtype`` as if it had been loaded with it: transformers leaves it, its
+    unquantized weights too, in the type it was saved in."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+            module.weight.quant_state.dtype = dtype
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and not (is_quantized(module) and name == "weight"):
+                parameter.data = parameter.data.to(dtype)
+
+
 def keep_int8_scales(model: nn.Module) -> int:
     """Let 8-bit linears of ``model`` survive that PEFT reads their weights between two forwards, as DoRA does. Returns how many.
 

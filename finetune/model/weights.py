@@ -48,6 +48,13 @@ class TensorInfo:
     dtype: torch.dtype
 
 
+def _is_quantized(directory: Path) -> bool:
+    try:
+        return bool(json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
+    except (OSError, ValueError, AttributeError):
+        return False  # what is wrong with config.json is said where it is read
+
+
 class Weights:
     """The tensors of one or several safetensors files, read on demand; a context manager that closes the files.
 
@@ -72,8 +79,17 @@ class Weights:
             raise
 
     @classmethod
-    def of_model(cls, directory: Path) -> Self:
-        """The weights of a model directory: `model.safetensors`, or the shards that its index names."""
+    def of_model(cls, directory: Path, *, packed: bool = False) -> Self:
+        """The weights of a model directory: `model.safetensors`, or the shards that its index names.
+
+        VerificationError for a checkpoint that is quantized, whose tensors are no values, unless ``packed`` says that they are wanted.
+        """
+        if not packed and _is_quantized(directory):
+            raise VerificationError(
+                "the checkpoint is quantized, and the weights before that are needed here",
+                where=str(directory),
+                fix="use the original model as model.id",
+            )
         if (directory / INDEX).is_file():
             return cls._indexed(directory)
         if (directory / SINGLE).is_file():

@@ -22,6 +22,7 @@ from finetune.model.fast import Accelerated, accelerate
 from finetune.model.load import DTYPES, load_base, storage_dtype
 from finetune.model.loftq import Quantizer, apply_loftq, restore_base
 from finetune.model.methods import Given
+from finetune.model.packed import require_agreement
 from finetune.model.pissa import apply_moved, restore_moved
 from finetune.model.spectrum import ratios_for
 from finetune.model.tokens import enlarge
@@ -74,6 +75,7 @@ def build_model(config: Config, materials: Materials, device: torch.device, resu
     base, resolved = materials.base, materials.resolved
     _require_types(config, resolved)
     dtype = storage_dtype(config.quantization, resolved)
+    require_agreement(base, config.quantization, config.tuning)
     plain = load_base(base, config.quantization, dtype, device)
     enlarge(plain, materials.new_ids)
     ratios = ratios_for(config.tuning, base)

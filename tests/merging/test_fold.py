@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from finetune.config.schema import EightBit, FourBit
-from finetune.errors import ConfigError, VerificationError
+from finetune.errors import VerificationError
 from finetune.merging.fold import fold
 from finetune.model.weights import Weights
 
@@ -201,11 +201,3 @@ def test_values_that_do_not_fit_are_refused(make: Make, tmp_path: Path) -> None:
     made.model.save_pretrained(made.source.adapter_dir, save_embedding_layers=False)
     with pytest.raises(VerificationError, match="do not fit"):
         fold(made.source, tmp_path / "merged", torch.float16)
-
-
-def test_a_base_that_is_quantized_already_is_refused(make: Make, tmp_path: Path) -> None:
-    made = make()
-    path = made.source.base_dir / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"load_in_4bit": True}}))
-    with pytest.raises(ConfigError, match="quantized already"):
-        fold(made.source, tmp_path / "merged", torch.float32)
