@@ -17,9 +17,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from finetune import __version__, api
-from finetune.cli import analyze_command, config_commands, data_commands, merge_command
+from finetune.cli import analyze_command, combine_command, config_commands, data_commands, merge_command
 from finetune.cli.options import ConfigPath, Json, Overrides, RunPath
-from finetune.errors import ConfigError, DataError, FinetuneError, RunInterruptedError
+from finetune.cli.workers import is_first, is_mine_to_tell
+from finetune.errors import FinetuneError
+
+_ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""SIGUSR1 is SLURM's word ahead of a pre-emption, where a job asks for it."""
 
 app = typer.Typer(
     name="finetune",
@@ -58,28 +62,35 @@ def train(
     config: ConfigPath,
     override: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that lies in the output directory.")] = False,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option("--accept", metavar="KEY", help="With --resume: go on although KEY, such as `data`, changed; it is recorded."),
+    ] = None,
     devices: Annotated[int | None, typer.Option("--devices", min=1, help="Worker processes, one a device. Default: all GPUs.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train as CONFIG says; prints the run directory last.
 
     Configuration, data and targets are checked before anything is written.
-    Ctrl-C or SIGTERM finishes the step, saves a checkpoint and says how to resume.
+    Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves a checkpoint and says how to resume; a second one stops at once.
+    A run is made longer with `--resume -o train.epochs=3`.
     """
     from finetune.cli import view
     from finetune.cli.next_steps import next_steps
     from finetune.cli.training_view import TrainingView
     from finetune.config.notes import unusual_rates
+    from finetune.hardware import adopt_srun
 
+    adopt_srun()
     loaded = api.load_config(config, override or ())
     code = api.launch(sys.argv[1:], devices)
     if code is not None:
         raise typer.Exit(code)
-    for note in unusual_rates(loaded.config) if _is_first() else ():
+    for note in unusual_rates(loaded.config) if is_first() else ():
         view.note(f"note: {note}")
     with TrainingView(loaded.config).running() as watching:
-        run = api.train(loaded.config, watching if _is_first() else None, resume=resume)
-    if _is_first():
+        run = api.train(loaded.config, watching if is_first() else None, resume=resume, accept=accept or ())
+    if is_first():
         api.report(run.path)
         view.path(next_steps(run, api.load_config(run.config).config.tuning))
         _print_path("run", run.path, as_json=as_json)
@@ -111,6 +122,7 @@ def evaluate(
 
 
 app.command("merge")(merge_command.merge)
+app.command("combine")(combine_command.combine)
 app.command("analyze")(analyze_command.analyze)
 
 
@@ -135,11 +147,6 @@ def report(run: RunPath, as_json: Json = False) -> None:
     view.show_places({**places, "report": page})
 
 
-def _is_first() -> bool:
-    """Whether this is the only worker or the first of several: it alone prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _print_path(name: str, path: Path, *, as_json: bool) -> None:
     sys.stdout.write((json.dumps({name: str(path)}) if as_json else str(path)) + "\n")
 
@@ -149,14 +156,22 @@ def _print_json(value: object) -> None:
 
 
 def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
-    """Outside of training, which finishes its step, a signal ends the command at once."""
+    """Outside of training, which finishes its step, a signal ends the command at once. What it was writing is removed on the way out.
+
+    Not by an Exception, which libraries that are just being imported would swallow or wrap; and with nothing imported to say it.
+    """
     del frame
-    raise RunInterruptedError("interrupted; nothing was left half-written", signal_number=number)
+    code = 130 if number == signal.SIGINT else 143
+    if is_first():
+        os.write(2, b"interrupted; nothing was left half-written\n")
+    for again in _ASKED:  # a second one is not for us to handle
+        signal.signal(again, signal.SIG_DFL)
+    sys.exit(code)
 
 
 def main() -> NoReturn:
     """Run the command line; errors become messages and exit codes."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _ASKED:
         signal.signal(number, _interrupted)
     if "--debug" in sys.argv:  # wherever it stands
         sys.argv.remove("--debug")
@@ -171,8 +186,7 @@ def main() -> NoReturn:
 def _fail(error: FinetuneError) -> NoReturn:
     if os.environ.get("FINETUNE_DEBUG"):
         traceback.print_exception(error)
-    # Wrong files are wrong for every worker, so the first alone says so; a machine or a step can fail on any of them.
-    if _is_first() or not isinstance(error, ConfigError | DataError):
+    if is_mine_to_tell(error):
         from finetune.cli import view
 
         view.show_error(error)

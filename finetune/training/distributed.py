@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import DistError
@@ -20,18 +19,20 @@ _LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out", "not con
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Turn what torch raises when another worker went away, or never came, into WorkerLostError."""
+def explained(stop: object = None) -> Iterator[None]:
+    """Turn what torch raises when another worker went away, or never came, into WorkerLostError; ``stop`` is true once a signal came."""
     try:
         yield
     except RuntimeError as error:
         if not _is_lost(error):
             raise
-        raise WorkerLostError(
+        lost = WorkerLostError(
             "another worker of this run has ended or cannot be reached",
             where=f"worker {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}",
             fix="its own message says why; if there is none, see that every node runs the same command and reaches MASTER_ADDR",
-        ) from error
+        )
+        lost.told_to_stop = bool(stop)
+        raise lost from error
 
 
 def _is_lost(error: RuntimeError) -> bool:
@@ -69,12 +70,6 @@ def idle_scores(lengths: Sequence[int], max_tokens: int, rank: int, world: int, 
     """The same for validation, where device ``r`` scores every ``world``-th example from ``r``, each share cut on its own."""
     counts = [len(cut(list(lengths[other::world]), max_tokens, packed=packed)) for other in range(world)]
     return max(counts) - counts[rank]
-
-
-def wait_for_all(accelerator: Any) -> None:
-    """Wait until every worker is here."""
-    with explained():
-        accelerator.wait_for_everyone()
 
 
 def is_spread(model: torch.nn.Module) -> bool:

@@ -1,11 +1,11 @@
-"""One worker process a device, through torch's elastic launcher."""
+"""One worker process a device, through torch's elastic launcher, where no other launcher has started this process."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -14,7 +14,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from finetune.errors import HardwareError
+from finetune.errors import ConfigError, HardwareError, WorkerLostError
+
+STARTED_HERE = "FINETUNE_WORKERS"
+"""Variable that tells a worker that this module started it, and how many there are."""
 
 _STEP_SECONDS = 3600
 """How long a worker may take to finish its step and save once it was asked to stop: a step of a 70B model is long."""
@@ -27,12 +30,14 @@ def _patience() -> dict[str, Any]:
 
 
 def launch(arguments: Sequence[str], devices: int | None) -> int | None:
-    """Run ``finetune ARGUMENTS`` once a device and wait; returns the first failure's exit code, or 0.
+    """Run ``finetune ARGUMENTS`` once a device and wait; returns the exit code of the worker that failed first, or 0.
 
-    Returns None where this process should do the work itself: it was launched already (torchrun, accelerate launch), or one device
-    is wanted. ``devices`` None means all GPUs. Raises HardwareError where more GPUs are asked for than there are.
+    Returns None where this process should do the work itself: it was launched already (torchrun, accelerate launch, srun), or one device
+    is wanted. ``devices`` None means all GPUs. Raises HardwareError where more GPUs are asked for than there are, ConfigError where
+    another launcher has started another number of processes.
     """
     if "LOCAL_RANK" in os.environ:
+        _require_agreement(devices)
         return None
     found = torch.cuda.device_count()
     if devices is not None and found and devices > found:
@@ -40,9 +45,23 @@ def launch(arguments: Sequence[str], devices: int | None) -> int | None:
             f"{devices} devices are asked for, this machine has {found} GPUs", where="--devices", fix=f"use --devices {found}"
         )
     count = devices or max(found, 1)
-    if count == 1:
-        return None
+    return None if count == 1 else _run(arguments, count)
+
+
+def _require_agreement(devices: int | None) -> None:
+    """That ``--devices`` says what the launcher did, where it was not the one above, which read it."""
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    if devices not in (None, started) and STARTED_HERE not in os.environ:
+        raise ConfigError(
+            f"--devices {devices} is asked for, and the launcher has started {started} processes on this machine",
+            where="--devices",
+            fix="leave it out: torchrun, accelerate launch and srun say how many",
+        )
+
+
+def _run(arguments: Sequence[str], count: int) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ[STARTED_HERE] = str(count)
     # its own log repeats each failure without the reason, which the workers have already told
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
@@ -58,8 +77,17 @@ def launch(arguments: Sequence[str], devices: int | None) -> int | None:
     try:
         elastic_launch(config, sys.executable)("-m", "finetune", *arguments)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
+        return _first_failure(error.failures)
     except SignalException as error:
         return 128 + int(error.sigval)
+    finally:
+        del os.environ[STARTED_HERE]
     return 0
+
+
+def _first_failure(failures: Mapping[int, Any]) -> int:
+    """Exit code of the worker that failed by itself: the others only lost it, or were ended because of it."""
+    codes = [failure.exitcode for failure in sorted(failures.values(), key=lambda failure: failure.timestamp)]
+    ended = [code for code in codes if code > 0]
+    first = next((code for code in ended if code != WorkerLostError.exit_code), (ended or codes)[0])
+    return first if first > 0 else 128 - first
