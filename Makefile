@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: bench-startup bench-loftq help quickstart test test-fast check fix docs clean bench-data
+.PHONY: bench bench-gpu bench-combine bench-startup bench-loftq help quickstart test test-fast check fix docs clean bench-data
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -73,6 +73,23 @@ check: $(VENV)/.dev ## style, types, layers, dead code, generated documents
 bench-startup: $(VENV)/.quickstart ## CPU seconds of the commands that should answer at once
 	$(BIN)/python benchmarks/startup.py
 
+# TRL in an environment of its own: what it asks for must not change this project's. torch first and exactly, as above.
+TRL_PIP := .venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+ROUNDS  ?= 2
+
+.venv-trl/.trl: constraints.txt
+	@echo "Installing TRL into .venv-trl (a few minutes the first time) ..."
+	@$(PYTHON) -m venv .venv-trl
+	@$(TRL_PIP) torch==2.13.0
+	@$(TRL_PIP) trl==1.16.0 peft bitsandbytes
+	@touch $@
+
+bench: $(VENV)/.quickstart .venv-trl/.trl ## this project against transformers+PEFT and TRL (docs/benchmarks/engine.md; ROUNDS=2, goes on where it stopped)
+	$(BIN)/python -m benchmarks.engine --rounds $(ROUNDS)
+
+bench-gpu: $(VENV)/.quickstart ## the same on an NVIDIA GPU: an 8B model, and the memory of a 70B one
+	$(BIN)/python -m benchmarks.engine.gpu
+
 bench-data: $(VENV)/.quickstart ## rows a second and memory of data preparation, into docs/benchmarks/data.json
 	$(BIN)/python benchmarks/data.py
 
@@ -83,8 +100,11 @@ fix: $(VENV)/.dev ## format, and mend what can be mended
 docs: $(VENV)/.dev ## generate docs/config.md, docs/cli.md and the JSON schemas
 	$(BIN)/python docs/build.py
 
+bench-combine: $(VENV)/.quickstart ## two adapters of different chapters combined each way, into docs/benchmarks/combine.json
+	$(BIN)/python benchmarks/combine.py
+
 bench-loftq: $(VENV)/.dev ## what LoftQ gains and costs on the real model (docs/benchmarks/loftq.json)
 	$(BIN)/python benchmarks/loftq.py
 
 clean: ## remove the environment, runs and caches of this checkout
-	rm -rf $(VENV) runs merged .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-trl runs merged .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,11 @@
-"""This project against its peers on the same work: `python -m benchmarks.engine`.
+"""This project against its peers on the same work: `make bench`, or `python -m benchmarks.engine` where both environments are there.
 
-One tool alone, to see what a change does: `python -m benchmarks.engine --tool finetune --rows 100`.
+Without options: rounds of all tools, LoRA on all rows and NF4 on some, into docs/benchmarks/engine.json and engine.md. Finished runs are
+kept as they come; the same command goes on after an interruption, and repeats what failed or what was measured on other code. Exit code 1
+where a tool failed or a floor does not hold.
+
+One tool alone, to see what a change does (nothing is kept): `python -m benchmarks.engine --tool finetune --rows 100`.
+The settings of each tool that were tried: `python -m benchmarks.engine --candidates`.
 """
 
 from __future__ import annotations
@@ -10,31 +15,59 @@ import json
 import signal
 import sys
 
-from benchmarks.engine import data, runs
+from benchmarks.engine import data, rounds, runs, table
+from benchmarks.engine.limit import Shape
 from benchmarks.engine.tools import TOOLS
 
 
-def one(chosen: argparse.Namespace) -> None:
+def one(chosen: argparse.Namespace) -> int:
     """One tool on some of the rows; prints its figures."""
-    work, tool = runs.prepare_work(chosen.rows), TOOLS[chosen.tool]
+    work, tool = runs.prepare_work(chosen.rows or data.ROWS), TOOLS[chosen.tool]
     job = runs.job(work, tool, nf4=chosen.nf4, seed=chosen.seed, threads=chosen.threads)
     settings = tool.candidates[chosen.setting] if chosen.setting else tool.nf4_settings if chosen.nf4 else tool.settings
-    print(json.dumps(runs.run(tool, job, work, settings), indent=1))
+    row = runs.run(tool, job, work, settings)
+    print(json.dumps(row, indent=1))
+    return int("failed" in row)
 
 
-def main() -> None:
+def written(results: rounds.Results) -> int:
+    """Write and print the page; 1 where something failed or a floor does not hold."""
+    config = json.loads((runs.smollm2() / "config.json").read_text(encoding="utf-8"))
+    shape = Shape.of(config)
+    page = table.markdown(results.found, shape)
+    results.path.with_suffix(".md").write_text(page, encoding="utf-8")
+    print(page)
+    return int(
+        any("failed" in run for run in results.found["runs"]) or any(floor.holds is False for floor in table.floors(results.found, shape))
+    )
+
+
+def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
-    parser.add_argument("--tool", choices=TOOLS)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of every run; each tool's own choice without")
+    parser.add_argument("--variant", choices=[variant.name for variant in rounds.VARIANTS], help="only this one")
+    parser.add_argument("--candidates", action="store_true", help="try every setting of every tool")
+    parser.add_argument("--table", action="store_true", help="only write and print the page again")
+    parser.add_argument("--tool", choices=TOOLS, help="one run of this tool; with --candidates: only its settings")
     parser.add_argument("--setting", help="one of the tool's candidates")
     parser.add_argument("--nf4", action="store_true")
-    parser.add_argument("--rows", type=int, default=data.ROWS)
+    parser.add_argument("--rows", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int)
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the tool that runs is ended too
-    one(chosen)
+    if chosen.table:
+        return written(rounds.Results())
+    if chosen.candidates:
+        return written(rounds.candidates(chosen.threads, [TOOLS[chosen.tool]] if chosen.tool else [*TOOLS.values()], nf4=chosen.nf4))
+    if chosen.tool:
+        return one(chosen)
+    variants = tuple(variant for variant in rounds.VARIANTS if chosen.variant in (None, variant.name))
+    return written(rounds.compare(chosen.rounds, chosen.threads, variants))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -35,9 +35,9 @@ class Files:
     validation: Path
 
 
-def lengths(rows: int, generator: random.Random) -> list[int]:
-    """Characters of each row: the (i + 1/2)/rows quantiles of a lognormal distribution, shuffled."""
-    normal = NormalDist(math.log(MEDIAN_CHARACTERS), SIGMA)
+def lengths(rows: int, generator: random.Random, scale: int = 1) -> list[int]:
+    """Characters of each row: the (i + 1/2)/rows quantiles of a lognormal distribution, shuffled. ``scale`` multiplies them."""
+    normal = NormalDist(math.log(MEDIAN_CHARACTERS * scale), SIGMA)
     found = [round(math.exp(normal.inv_cdf((index + 0.5) / rows))) for index in range(rows)]
     generator.shuffle(found)
     return found
@@ -65,17 +65,17 @@ def _fill(facts: Iterator[str], characters: int) -> list[str]:
     return taken
 
 
-def rows(headings: Sequence[str], facts_of: Callable[[str], Iterator[str]], count: int, seed: int) -> list[Row]:
+def rows(headings: Sequence[str], facts_of: Callable[[str], Iterator[str]], count: int, *, seed: int, scale: int = 1) -> list[Row]:
     """``count`` rows on the first headings, with the lengths of `lengths`."""
     generator = random.Random(seed)
-    sizes = lengths(count, generator)
+    sizes = lengths(count, generator, scale)
     return [
         conversation(heading, facts_of(heading), size, generator.uniform(*ASKED_SHARE))
         for heading, size in zip(headings[:count], sizes, strict=True)
     ]
 
 
-def classification_rows(train: int, validation: int, seed: int = 0) -> tuple[list[Row], list[Row]]:
+def classification_rows(train: int, validation: int, *, seed: int = 0, scale: int = 1) -> tuple[list[Row], list[Row]]:
     """Rows from the whole classification; no heading is asked twice."""
     import simple_icd_10_cm as icd
 
@@ -98,14 +98,17 @@ def classification_rows(train: int, validation: int, seed: int = 0) -> tuple[lis
     headings = list(dict.fromkeys(map(described, codes)))
     if len(headings) < train + validation:
         raise SystemExit(f"the classification has {len(headings)} headings, not the {train + validation} that rows are asked for")
-    return rows(headings, facts_of, train, seed), rows(headings[train:], facts_of, validation, seed + 1)
+    return (
+        rows(headings, facts_of, train, seed=seed, scale=scale),
+        rows(headings[train:], facts_of, validation, seed=seed + 1, scale=scale),
+    )
 
 
-def write(directory: Path, train: int = ROWS, validation: int = VALIDATION_ROWS) -> Files:
+def write(directory: Path, train: int = ROWS, validation: int = VALIDATION_ROWS, scale: int = 1) -> Files:
     """Both files, written anew, each in one go: another benchmark may be reading them."""
     directory.mkdir(parents=True, exist_ok=True)
-    files = Files(directory / f"train-{train}.jsonl", directory / f"validation-{train}.jsonl")
-    for path, found in zip((files.train, files.validation), classification_rows(train, validation), strict=True):
+    files = Files(directory / f"train-{train}x{scale}.jsonl", directory / f"validation-{train}x{scale}.jsonl")
+    for path, found in zip((files.train, files.validation), classification_rows(train, validation, scale=scale), strict=True):
         new = path.with_suffix(f".{os.getpid()}")
         new.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
         new.replace(path)

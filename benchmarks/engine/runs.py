@@ -34,19 +34,24 @@ class Work:
     validation: dict[str, int]
 
 
-def prepare_work(rows: int) -> Work:
-    """Write the rows and the template, find the model, count tokens."""
-    from transformers import AutoTokenizer
-
+def smollm2() -> Path:
+    """The converted SmolLM2."""
     from finetune.model.builtin import resolve_model
 
-    model = resolve_model("builtin:smollm2-135m")
-    files = data.write(WORK / "data", train=rows)
+    return resolve_model("builtin:smollm2-135m")
+
+
+def prepare_work(rows: int, model: Path | None = None, scale: int = 1) -> Work:
+    """Write the rows and the template, count tokens; ``model`` None: SmolLM2. ``scale`` makes rows longer."""
+    from transformers import AutoTokenizer
+
+    base = model or smollm2()
+    files = data.write(WORK / "data", train=rows, scale=scale)
     template = WORK / "data" / "template.jinja"
     template.write_text(data.TEMPLATE, encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     train, validation = (data.totals(data.encode(path, tokenizer, data.TEMPLATE)) for path in (files.train, files.validation))
-    return Work(model, files, template, train, validation)
+    return Work(base, files, template, train, validation)
 
 
 def steady(steps: Sequence[Step]) -> tuple[float, float]:
@@ -77,20 +82,21 @@ def figures(measured: measure.Measured, steps: Sequence[Step], totals: dict[str,
         "first_step_s": round(steps[0].at_s, 2),
         "peak_mib": round(measured.peak_mib, 1),
         "others_load": round(measured.load, 3),
+        "rows": totals["rows"],
         "steps": len(steps),
         "last_loss": steps[-1].loss,
     }
 
 
-def run(tool: Tool, job: Job, work: Work, settings: Sequence[str]) -> dict[str, Any]:
+def run(tool: Tool, job: Job, work: Work, settings: Sequence[str], *, score: bool = True) -> dict[str, Any]:
     """The figures of one run, or ``failed`` and what the tool said last. What it wrote is deleted."""
     try:
-        return _run(tool, job, work, settings)
+        return _run(tool, job, work, settings, score=score)
     finally:
-        shutil.rmtree(job.directory)
+        shutil.rmtree(job.directory, ignore_errors=True)
 
 
-def _run(tool: Tool, job: Job, work: Work, settings: Sequence[str]) -> dict[str, Any]:
+def _run(tool: Tool, job: Job, work: Work, settings: Sequence[str], *, score: bool) -> dict[str, Any]:
     job.directory.mkdir(parents=True)
     began = datetime.now(UTC).isoformat(timespec="seconds")
     identity = {"tool": tool.name, "nf4": job.nf4, "seed": job.seed, "began": began, "settings": list(settings)}
@@ -103,7 +109,7 @@ def _run(tool: Tool, job: Job, work: Work, settings: Sequence[str]) -> dict[str,
         return identity | {"failed": f"exit code {measured.returncode}", "said": said}
     try:
         found = figures(measured, tool.read(measured.lines), work.totals)
-        return identity | found | {"validation_loss": validation_loss(work, tool.adapter(job), nf4=job.nf4)}
+        return identity | found | ({"validation_loss": validation_loss(work, tool.adapter(job), nf4=job.nf4)} if score else {})
     except (ValueError, KeyError, subprocess.CalledProcessError) as error:
         return identity | {"failed": f"{type(error).__name__}: {error}", "said": measured.errors.splitlines()[-15:]}
 

@@ -1,0 +1,188 @@
+"""The comparison: rounds in which every tool runs once, kept as they come and continued after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine import data, runs
+from benchmarks.engine.tools import FINETUNE, ROOT, TOOLS, TRL, TRL_SFT, Tool
+
+RESULTS = ROOT / "docs" / "benchmarks" / "engine.json"
+MODEL = "SmolLM2-135M-Instruct"
+NF4_ROWS = 120
+CANDIDATE_ROWS = 64
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What the base is, and how many rows are trained on it."""
+
+    name: str
+    rows: int
+    nf4: bool
+
+
+VARIANTS = (Variant("LoRA", data.ROWS, nf4=False), Variant("NF4", NF4_ROWS, nf4=True))
+
+
+def order(number: int) -> list[Tool]:
+    """The tools of one round: another one begins each time, so that none always has the machine when it is cool or busy."""
+    tools = list(TOOLS.values())
+    first = number % len(tools)
+    return tools[first:] + tools[:first]
+
+
+class Results:
+    """docs/benchmarks/engine.json, written after every run."""
+
+    def __init__(self, path: Path = RESULTS) -> None:
+        self.path = path
+        self.found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for part in ("runs", "limits", "candidates"):
+            self.found.setdefault(part, [])
+
+    def save(self) -> None:
+        """In one go: an interruption leaves the older file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+        new.replace(self.path)
+
+    def has(self, part: str, key: dict[str, Any]) -> bool:
+        """Whether ``part`` holds a result of the same code, data and machine that did not fail."""
+        return any(_matches(row, key) and "failed" not in row for row in self.found[part])
+
+    def add(self, part: str, key: dict[str, Any], row: dict[str, Any]) -> None:
+        """Instead of what was there for the same round, tool and variant, of whatever code."""
+        place = {name: key[name] for name in key if name != "of"}
+        self.found[part] = [old for old in self.found[part] if not _matches(old, place)] + [key | row]
+        self.save()
+
+
+def _matches(row: dict[str, Any], key: dict[str, Any]) -> bool:
+    return all(row.get(name) == value for name, value in key.items())
+
+
+# --- what a result belongs to --------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """What the figures are measured on."""
+    from finetune.hardware import detect
+
+    found = detect()
+    return {"processor": found.name, "cores": os.cpu_count(), "memory_gib": round(found.memory_bytes / 2**30, 1), "bf16": found.bf16}
+
+
+def versions(python: Path) -> dict[str, str]:
+    """Of the libraries in the environment of ``python``; empty where it does not run."""
+    code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {(*_LIBRARIES,)!r}}}))"
+    try:
+        return dict(json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout))
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+def trl_versions() -> dict[str, str]:
+    """Of TRL's own environment."""
+    python = TRL.parent / "python"
+    found = versions(python)
+    if found:
+        code = "import importlib.metadata as m; print(m.version('trl'))"
+        found["trl"] = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return found
+
+
+def source(tool: Tool) -> str:
+    """Digest of the code that the tool runs and that is not a released package's."""
+    files = sorted((ROOT / "finetune").rglob("*.py")) if tool is FINETUNE else [ROOT / "benchmarks" / "engine" / "plain.py"]
+    return _digest(*files)
+
+
+def _digest(*files: Path) -> str:
+    digest = sha256()
+    for file in files:
+        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+# --- the rounds ----------------------------------------------------------------------------------------------------------------------
+
+
+def compare(count: int, threads: int | None, variants: tuple[Variant, ...] = VARIANTS) -> Results:
+    """``count`` rounds of all tools; what is in the results file already, and of the same code, data and machine, is not run again."""
+    results, own = Results(), versions(Path(sys.executable))
+    found = {TRL_SFT.name: trl_versions()}
+    results.found |= {"machine": machine(), "model": MODEL, "versions": found[TRL_SFT.name] or own}
+    works = {variant.name: runs.prepare_work(variant.rows) for variant in variants}
+    results.found["data"] = {name: {"train": work.totals, "validation": work.validation} for name, work in works.items()}
+    for number, variant, tool in _turns(count, variants):
+        work = works[variant.name]
+        of = {"machine": results.found["machine"], "data": _digest(work.files.train), "source": source(tool), "threads": threads}
+        of |= {"versions": found.get(tool.name, own), "settings": list(tool.nf4_settings if variant.nf4 else tool.settings)}
+        key = {"round": number, "variant": variant.name, "tool": tool.name, "of": of}
+        if results.has("runs", key):
+            continue
+        if tool is FINETUNE:
+            limit_key = {"round": number, "variant": variant.name}
+            results.add("limits", limit_key, limit(work, threads))
+        _say(f"round {number + 1}, {variant.name}: {tool.name} ...")
+        job = runs.job(work, tool, nf4=variant.nf4, seed=number, threads=threads)
+        row = runs.run(tool, job, work, of["settings"])
+        results.add("runs", key, row)
+        _say(_line(row))
+    return results
+
+
+def _turns(count: int, variants: tuple[Variant, ...]) -> Iterator[tuple[int, Variant, Tool]]:
+    for number in range(count):
+        for variant in variants:
+            for tool in order(number):
+                yield number, variant, tool
+
+
+def candidates(threads: int | None, tools: Sequence[Tool], *, nf4: bool) -> Results:
+    """Every setting of ``tools`` on some rows, to find the best of each."""
+    results = Results()
+    results.found |= {"machine": machine(), "model": MODEL, "versions": trl_versions() or versions(Path(sys.executable))}
+    work = runs.prepare_work(CANDIDATE_ROWS)
+    for tool in tools:
+        for name, settings in tool.candidates.items():
+            key = {"tool": tool.name, "setting": name, "nf4": nf4, "of": {"data": _digest(work.files.train), "threads": threads}}
+            if results.has("candidates", key):
+                continue
+            _say(f"{tool.name}, {name} ...")
+            row = runs.run(tool, runs.job(work, tool, nf4=nf4, threads=threads), work, settings)
+            results.add("candidates", key, row)
+            _say(_line(row))
+    return results
+
+
+def limit(work: runs.Work, threads: int | None) -> dict[str, Any]:
+    """Rates of matrix products, by limit.py in a process of its own with the environment of a run."""
+    environment = runs.job(work, FINETUNE, threads=threads).environment() | {"OMP_WAIT_POLICY": "PASSIVE"}
+    command: list[str | Path] = [sys.executable, "-m", "benchmarks.engine.limit", "--model", work.model]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return "  FAILED: " + "\n    ".join([row["failed"], *row.get("said", [])])
+    return (
+        f"  {row['tokens_per_s']:.0f} tokens/s whole, {row['steady_tokens_per_s']:.0f} steady; {row['wall_s']:.0f} s, "
+        f"{row['peak_mib']:.0f} MiB, validation loss {row['validation_loss']:.4f}, others' load {row['others_load']:.0%}"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
