@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from finetune.merging.combine import CombineReport
     from finetune.merging.exports import ExportReport
     from finetune.merging.merge import MergeReport
+    from finetune.inventory import Inventory
     from finetune.runs import RunDirectory
     from finetune.training.metrics import Observer
     from finetune.training.train import Inputs
@@ -27,6 +28,7 @@ __all__ = [
     "analyze",
     "combine",
     "evaluate",
+    "inventory",
     "export",
     "launch",
     "load_config",
@@ -63,13 +65,13 @@ def padding_share(config: Config, inputs: Inputs) -> float:
     return expected(inputs.data.train.lengths.tolist(), config, inputs.resolved.tokens_per_device.value)
 
 
-def train(config: Config, observer: Observer | None = None, *, resume: bool = False) -> RunDirectory:
-    """Train as ``config`` says; returns the finished run directory."""
+def train(config: Config, observer: Observer | None = None, *, resume: bool = False, accept: Sequence[str] = ()) -> RunDirectory:
+    """Train as ``config`` says; returns the finished run directory. ``accept``: keys that may have changed since it was begun."""
     _prepare_process()
     from finetune.training.metrics import ignore
     from finetune.training.train import train as run_training
 
-    return run_training(config, observer or ignore, resume=resume)
+    return run_training(config, observer or ignore, resume=resume, accept=accept)
 
 
 def launch(arguments: Sequence[str], devices: int | None) -> int | None:
@@ -204,6 +206,14 @@ def spectrum(
     if plot:
         write_plot(plot, report.title, report.notes, report.panels())
     return report
+
+
+def inventory() -> Inventory:
+    """What this machine has, and what each part that is missing would give."""
+    _prepare_process()
+    from finetune.inventory import take_inventory
+
+    return take_inventory()
 
 
 def stored_results(run: Path) -> Results | None:
