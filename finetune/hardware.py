@@ -72,7 +72,7 @@ def detect() -> Machine:
             properties.total_memory,
             torch.cuda.is_bf16_supported(including_emulation=False),
         )
-    return Machine("cpu", _cpu_name(), os.cpu_count() or 1, _host_memory(), _cpu_has_bf16())
+    return Machine("cpu", _cpu_name(), os.cpu_count() or 1, host_memory(), _cpu_has_bf16())
 
 
 def crowd_size() -> tuple[int, int]:
@@ -125,8 +125,18 @@ def _cpu_has_bf16() -> bool:
     return any(flag in _cpuinfo() for flag in ("avx512_bf16", "amx_bf16"))
 
 
-def _host_memory() -> int:
+def host_memory() -> int:
+    """Bytes of RAM."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory() -> int:
+    """Bytes of RAM that programs can still get, what the kernel caches included."""
+    path = Path("/proc/meminfo")
+    for line in path.read_text(encoding="ascii").splitlines() if path.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from finetune import __version__, api
-from finetune.cli import analyze_command, combine_command, config_commands, data_commands, merge_command
+from finetune.cli import analyze_command, combine_command, config_commands, data_commands, doctor_command, merge_command
 from finetune.cli.options import ConfigPath, Json, Overrides, RunPath
 from finetune.cli.workers import is_first, is_mine_to_tell
 from finetune.errors import FinetuneError
@@ -123,6 +123,7 @@ def evaluate(
 
 app.command("merge")(merge_command.merge)
 app.command("combine")(combine_command.combine)
+app.command("doctor")(doctor_command.doctor)
 app.command("analyze")(analyze_command.analyze)
 
 

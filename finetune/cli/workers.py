@@ -26,10 +26,14 @@ def is_mine_to_tell(error: FinetuneError) -> bool:
     """
     if isinstance(error, RunInterruptedError):
         return is_first()
-    lost = isinstance(error, WorkerLostError)
-    own = isinstance(error, HardwareError) and not lost
-    if (lost and not error.told_to_stop) or not (lost or own or is_first()):
+    if _another_says_it(error):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(_PATIENCE)
     return True
+
+
+def _another_says_it(error: FinetuneError) -> bool:
+    if isinstance(error, WorkerLostError):
+        return not error.told_to_stop
+    return not (is_first() or isinstance(error, HardwareError))

@@ -87,7 +87,7 @@ def _run(arguments: Sequence[str], count: int) -> int:
 
 def _first_failure(failures: Mapping[int, Any]) -> int:
     """Exit code of the worker that failed by itself: the others only lost it, or were ended because of it."""
-    codes = [failure.exitcode for failure in sorted(failures.values(), key=lambda failure: failure.timestamp)]
+    codes: list[int] = [failure.exitcode for failure in sorted(failures.values(), key=lambda failure: failure.timestamp)]
     ended = [code for code in codes if code > 0]
     first = next((code for code in ended if code != WorkerLostError.exit_code), (ended or codes)[0])
     return first if first > 0 else 128 - first
