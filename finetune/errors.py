@@ -80,6 +80,9 @@ class HardwareError(FinetuneError):
 class WorkerLostError(HardwareError):
     """Another process of the run ended or cannot be reached; its own message says why."""
 
+    told_to_stop = False
+    """Whether this process was told to stop before it noticed."""
+
 
 class DivergedError(FinetuneError):
     """The loss or a gradient stopped being finite."""

@@ -28,7 +28,10 @@ class Accelerated:
         return f"{'no padding' if self.packed else 'padded'}, {self.linears} LoRA layers and {self.norms} norms as one function each"
 
 
-def accelerate(model: Any, tuning: Tuning) -> Accelerated:
-    """Switch on what ``model`` can run exactly: the same for training and for whoever loads what was trained by ``tuning``."""
+def accelerate(model: Any, tuning: Tuning, *, pack: bool = True) -> Accelerated:
+    """Switch on what ``model`` can run exactly: the same for training and for whoever loads what was trained by ``tuning``.
+
+    ``pack`` false: padding stays for now, since the model will move to another kind of device.
+    """
     norms = 0 if isinstance(tuning, Full | Norm) else fast_norm.install(model)  # norms that train are left to the library
-    return Accelerated(enable_packing(causal_model(model)), fast_lora.install(model), norms)
+    return Accelerated(pack and enable_packing(causal_model(model)), fast_lora.install(model), norms)

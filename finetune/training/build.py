@@ -85,7 +85,8 @@ def build_model(config: Config, materials: Materials, device: torch.device, resu
     name_base(model, public_name(config.model.id))
     if resolved.gradient_checkpointing.value:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    fast = accelerate(model, config.tuning) if config.train.kernels == "auto" else None
+    # a model that will be spread over devices is on the host until then
+    fast = accelerate(model, config.tuning, pack=resolved.strategy.value != "fsdp") if config.train.kernels == "auto" else None
     if not isinstance(config.tuning, Lora):
         return Built(model, None, "default", fast)
     method = config.tuning.init.method

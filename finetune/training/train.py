@@ -21,7 +21,9 @@ from finetune.hardware import crowd_size, detect
 from finetune.model.adalora import plan_ranks
 from finetune.model.adapters import count_parameters, trainable
 from finetune.model.builtin import fingerprint, resolve_model
+from finetune.model.head import causal_model
 from finetune.model.load import load_tokenizer, require_vocabulary
+from finetune.model.packing import enable_packing
 from finetune.model.tokens import token_ids
 from finetune.planning.resolve import Resolved, resolve
 from finetune.planning.steps import Steps, count_steps
@@ -186,7 +188,7 @@ def _device() -> torch.device:
     """This process's own, as accelerate will choose it."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
@@ -214,6 +216,9 @@ def _equip(config: Config, inputs: Inputs, built: Built, accelerator: Any) -> Pa
     """Spread the model over the devices where that is the strategy, and give it its optimizer."""
     if inputs.resolved.strategy.value == "fsdp":
         shard(built.model, accelerator.device, accelerator.num_processes, offload=config.distributed.offload)
+        if built.accelerated is not None:  # not on the host, where it was built: whether it is exact depends on the device
+            packed = enable_packing(causal_model(built.model))
+            built = replace(built, accelerated=replace(built.accelerated, packed=packed))
     parameters = trainable(built.model)
     decided = config.optimizer.model_copy(update={"method": inputs.resolved.optimizer.value})
     groups = assign_groups(parameters, decided)
