@@ -16,7 +16,6 @@ import signal
 import sys
 
 from benchmarks.engine import data, rounds, runs, table
-from benchmarks.engine.limit import Shape
 from benchmarks.engine.tools import TOOLS
 
 
@@ -32,14 +31,10 @@ def one(chosen: argparse.Namespace) -> int:
 
 def written(results: rounds.Results) -> int:
     """Write and print the page; 1 where something failed or a floor does not hold."""
-    config = json.loads((runs.smollm2() / "config.json").read_text(encoding="utf-8"))
-    shape = Shape.of(config)
-    page = table.markdown(results.found, shape)
+    page = table.markdown(results.found)
     results.path.with_suffix(".md").write_text(page, encoding="utf-8")
     print(page)
-    return int(
-        any("failed" in run for run in results.found["runs"]) or any(floor.holds is False for floor in table.floors(results.found, shape))
-    )
+    return int(any("failed" in run for run in results.found["runs"]) or any(floor.holds is False for floor in table.floors(results.found)))
 
 
 def main() -> int:

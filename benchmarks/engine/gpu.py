@@ -194,7 +194,7 @@ def seventy(sizes: Sizes) -> dict[str, Any]:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     found = {"scalars": scalars, "trainable": sum(parameter.numel() for parameter in trained), "tokens": sizes.tokens, "losses": losses}
     if sizes.device == "cuda":
         found |= {"peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}

@@ -19,6 +19,15 @@ RESULTS = ROOT / "docs" / "benchmarks" / "engine.json"
 MODEL = "SmolLM2-135M-Instruct"
 NF4_ROWS = 120
 CANDIDATE_ROWS = 64
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
@@ -83,6 +92,12 @@ def machine() -> dict[str, Any]:
     return {"processor": found.name, "cores": os.cpu_count(), "memory_gib": round(found.memory_bytes / 2**30, 1), "bf16": found.bf16}
 
 
+def model() -> dict[str, Any]:
+    """Its name and sizes, from which the operations of a token follow."""
+    config = json.loads((runs.smollm2() / "config.json").read_text(encoding="utf-8"))
+    return {"name": MODEL} | {name: config[name] for name in _SIZES}
+
+
 def versions(python: Path) -> dict[str, str]:
     """Of the libraries in the environment of ``python``; empty where it does not run."""
     code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {(*_LIBRARIES,)!r}}}))"
@@ -122,7 +137,7 @@ def compare(count: int, threads: int | None, variants: tuple[Variant, ...] = VAR
     """``count`` rounds of all tools; what is in the results file already, and of the same code, data and machine, is not run again."""
     results, own = Results(), versions(Path(sys.executable))
     found = {TRL_SFT.name: trl_versions()}
-    results.found |= {"machine": machine(), "model": MODEL, "versions": found[TRL_SFT.name] or own}
+    results.found |= {"machine": machine(), "model": model(), "versions": found[TRL_SFT.name] or own}
     works = {variant.name: runs.prepare_work(variant.rows) for variant in variants}
     results.found["data"] = {name: {"train": work.totals, "validation": work.validation} for name, work in works.items()}
     for number, variant, tool in _turns(count, variants):
@@ -153,7 +168,7 @@ def _turns(count: int, variants: tuple[Variant, ...]) -> Iterator[tuple[int, Var
 def candidates(threads: int | None, tools: Sequence[Tool], *, nf4: bool) -> Results:
     """Every setting of ``tools`` on some rows, to find the best of each."""
     results = Results()
-    results.found |= {"machine": machine(), "model": MODEL, "versions": trl_versions() or versions(Path(sys.executable))}
+    results.found |= {"machine": machine(), "model": model(), "versions": trl_versions() or versions(Path(sys.executable))}
     work = runs.prepare_work(CANDIDATE_ROWS)
     for tool in tools:
         for name, settings in tool.candidates.items():

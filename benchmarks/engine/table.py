@@ -67,9 +67,9 @@ def ratios(runs: Rows, variant: str, figure: str) -> list[float]:
     return found
 
 
-def fractions(results: dict[str, Any], shape: Shape, variant: str, *, cpu: bool = False) -> list[float]:
+def fractions(results: dict[str, Any], variant: str, *, cpu: bool = False) -> list[float]:
     """Steady state over the machine's limit, for each round; ``cpu``: both by processor seconds, which other work disturbs less."""
-    parts = operations(shape, RANK, results["data"][variant]["train"]) if variant in results.get("data", {}) else {}
+    parts = operations(Shape.of(results["model"]), RANK, results["data"][variant]["train"]) if variant in results.get("data", {}) else {}
     precision, suffix = ("bf16" if results["machine"]["bf16"] else "fp32"), ("_cpu" if cpu else "")
     found = []
     for own in of(results["runs"], variant, FINETUNE.name):
@@ -81,7 +81,7 @@ def fractions(results: dict[str, Any], shape: Shape, variant: str, *, cpu: bool 
     return found
 
 
-def floors(results: dict[str, Any], shape: Shape) -> list[Floor]:
+def floors(results: dict[str, Any]) -> list[Floor]:
     """All of them, in the order of the issue."""
     runs = results["runs"]
     found = [
@@ -91,7 +91,7 @@ def floors(results: dict[str, Any], shape: Shape) -> list[Floor]:
     ]
     found += [_same_loss(runs, variant) for variant in ("LoRA", "NF4")]
     found += [_leanest(runs, variant) for variant in ("LoRA", "NF4")]
-    return [*found, _at_least(f"LoRA: at least {LIMIT_FLOOR:.0%} of the machine's limit", fractions(results, shape, "LoRA"), LIMIT_FLOOR)]
+    return [*found, _at_least(f"LoRA: at least {LIMIT_FLOOR:.0%} of the machine's limit", fractions(results, "LoRA"), LIMIT_FLOOR)]
 
 
 def _at_least(promise: str, values: list[float], floor: float) -> Floor:
@@ -140,7 +140,7 @@ _COLUMNS = (
 )
 
 
-def markdown(results: dict[str, Any], shape: Shape) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """The page docs/benchmarks/engine.md."""
     machine, versions = results["machine"], results["versions"]
     lines = [
@@ -148,17 +148,17 @@ def markdown(results: dict[str, Any], shape: Shape) -> str:
         "",
         "Written by `make bench` from engine.json. Median over the rounds (least to most). Every run is a whole command in a fresh",
         "process, its caches empty: start-up, preparation of the data, one epoch, the adapter saved. LoRA r=16 on every linear layer,",
-        "AdamW, cosine, 8 rows a step, loss on the assistant's words only, the same rows for all. Tokens are those of the rows, no padding",
-        "counted; steady state leaves out the first tenth of the steps. Validation loss by one script in fp32 (benchmarks/engine/score.py).",
+        "AdamW, cosine, 8 rows a step, loss on the assistant's words only, the same rows for all. Tokens are those of the rows, without",
+        "padding; steady state leaves out the first tenth of the steps. One script takes every validation loss, in fp32 (score.py).",
         "",
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, no GPU. Model: {results['model']}. "
+        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB. Model: {results['model']['name']}. "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
     ]
     for variant in ("LoRA", "NF4"):
-        lines += _variant(results, shape, variant)
+        lines += _variant(results, variant)
     lines += ["", "## Floors", "", "| floor | measured | |", "|---|---|---|"]
-    lines += [f"| {floor.promise} | {floor.measured} | {floor.verdict} |" for floor in floors(results, shape)]
+    lines += [f"| {floor.promise} | {floor.measured} | {floor.verdict} |" for floor in floors(results)]
     lines += _candidates(results["candidates"])
     return (
         "\n".join([*lines, "", "On a GPU: not measured (`make bench-gpu` needs one)." if not results.get("gpu") else "", ""]).rstrip()
@@ -166,7 +166,7 @@ def markdown(results: dict[str, Any], shape: Shape) -> str:
     )
 
 
-def _variant(results: dict[str, Any], shape: Shape, variant: str) -> list[str]:
+def _variant(results: dict[str, Any], variant: str) -> list[str]:
     runs = [run for run in results["runs"] if run["variant"] == variant]
     if not runs:
         return ["", f"## {variant}", "", "Not measured."]
@@ -186,19 +186,19 @@ def _variant(results: dict[str, Any], shape: Shape, variant: str) -> list[str]:
         cells = [Spread.of([run[figure] for run in rows]).text(digits) if rows else "-" for rows in members.values()]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     lines.append("| rounds | " + " | ".join(str(len(rows)) for rows in members.values()) + " |")
-    lines += _notes(results, shape, variant)
+    lines += _notes(results, variant)
     return lines
 
 
-def _notes(results: dict[str, Any], shape: Shape, variant: str) -> list[str]:
+def _notes(results: dict[str, Any], variant: str) -> list[str]:
     runs = [run for run in results["runs"] if run["variant"] == variant]
     lines = [""]
     for name, values in (
         ("Whole command, this project over the fastest peer", ratios(runs, variant, "tokens_per_s")),
         ("Steady state, likewise", ratios(runs, variant, "steady_tokens_per_s")),
         ("Steady state by processor seconds, likewise", ratios(runs, variant, "steady_tokens_per_cpu_s")),
-        ("Steady state over the machine's limit", fractions(results, shape, variant)),
-        ("The same by processor seconds", fractions(results, shape, variant, cpu=True)),
+        ("Steady state over the machine's limit", fractions(results, variant)),
+        ("The same by processor seconds", fractions(results, variant, cpu=True)),
     ):
         lines.append(f"{name}: {Spread.of(values).text(2) if values else 'not measured'}.  ")
     for run in runs:

@@ -1,0 +1,89 @@
+"""What is said of the results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.engine import table
+
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_DOCS = Path(__file__).parents[2] / "docs" / "benchmarks"
+
+
+def _run(tool: str, number: int, variant: str = "LoRA", **figures: float) -> dict[str, Any]:
+    usual = {name: 100.0 for _, name, _ in table._COLUMNS} | {"others_load": 0.0, "validation_loss": 2.0}
+    return {"tool": tool, "round": number, "variant": variant} | usual | figures
+
+
+def _results(*runs: dict[str, Any]) -> dict[str, Any]:
+    rates = {part: {"median": 1e4} for part in ("layers", "head", "layers_cpu", "head_cpu")}
+    return {
+        "machine": {"processor": "one", "cores": 2, "memory_gib": 8.0, "bf16": True},
+        "versions": {"torch": "2.13.0"},
+        "model": {"name": "small"} | dict.fromkeys(_SIZES, 8),
+        "data": {
+            name: {"train": dict.fromkeys(("rows", "tokens", "supervised_tokens", "squared_tokens", "shortest", "median", "longest"), 10)}
+            for name in ("LoRA", "NF4")
+        },
+        "runs": list(runs),
+        "limits": [{"round": 0, "variant": "LoRA", "bf16": rates}],
+        "candidates": [],
+    }
+
+
+def _verdicts(*runs: dict[str, Any]) -> dict[str, str]:
+    return {floor.promise: floor.verdict for floor in table.floors(_results(*runs))}
+
+
+def test_a_ratio_is_to_the_fastest_peer_of_its_own_round() -> None:
+    runs = [
+        _run("finetune", 0, tokens_per_s=300.0),
+        _run("TRL", 0, tokens_per_s=100.0),
+        _run("transformers+PEFT", 0, tokens_per_s=150.0),
+        _run("finetune", 1, tokens_per_s=100.0),
+        _run("TRL", 1, tokens_per_s=50.0),
+        _run("finetune", 2, tokens_per_s=100.0),
+        _run("TRL", 2, "NF4", tokens_per_s=1.0),
+    ]
+    assert table.ratios(runs, "LoRA", "tokens_per_s") == [2.0, 2.0]
+
+
+def test_what_was_not_measured_is_called_so() -> None:
+    assert set(_verdicts().values()) == {"not measured"}
+    assert set(_verdicts(_run("finetune", 0)).values()) == {"not measured", "holds"}  # the limit needs no peer
+
+
+@pytest.mark.parametrize(("speed", "verdict"), [(2.0, "holds"), (1.99, "does not hold")])
+def test_the_floor_of_speed(speed: float, verdict: str) -> None:
+    found = _verdicts(_run("finetune", 0, tokens_per_s=speed), _run("TRL", 0, tokens_per_s=1.0))
+    assert found["LoRA, whole command: at least 2x the fastest peer"] == verdict
+
+
+@pytest.mark.parametrize(("loss", "verdict"), [(1.5, "holds"), (2.0099, "holds"), (2.02, "does not hold")])
+def test_the_floor_of_loss_compares_with_the_lowest_peer(loss: float, verdict: str) -> None:
+    found = _verdicts(_run("finetune", 0, validation_loss=loss), _run("TRL", 0), _run("transformers+PEFT", 0, validation_loss=3.0))
+    assert found["LoRA: validation loss at most 0.01 nats above the lowest peer's"] == verdict
+
+
+@pytest.mark.parametrize(("peak", "verdict"), [(100.0, "holds"), (101.0, "does not hold")])
+def test_the_floor_of_memory_compares_with_the_leanest_peer(peak: float, verdict: str) -> None:
+    found = _verdicts(_run("finetune", 0, peak_mib=peak), _run("TRL", 0), _run("transformers+PEFT", 0, peak_mib=900.0))
+    assert found["LoRA: peak memory not above the leanest peer's"] == verdict
+
+
+def test_a_failed_tool_and_a_busy_machine_are_told() -> None:
+    failed = {"tool": "TRL", "round": 0, "variant": "LoRA", "failed": "exit code 1"}
+    page = table.markdown(_results(_run("finetune", 0, others_load=0.5), failed))
+    assert "TRL failed in round 1: exit code 1" in page
+    assert "Other processes used up to 50% of the cores" in page
+
+
+def test_the_page_is_that_of_the_results() -> None:
+    """Written by the same run: neither is edited by hand."""
+    if not (_DOCS / "engine.json").is_file():
+        pytest.skip("not measured yet")
+    assert (_DOCS / "engine.md").read_text() == table.markdown(json.loads((_DOCS / "engine.json").read_text()))
