@@ -1,30 +1,43 @@
-"""The gradient of a step depends on the global batch alone: every cut of it against a plain PyTorch reference (pitfall A10)."""
+"""The loop: what stops it, what it never waits for, what its memory does not depend on. What it computes: test_equality.py."""
 
 from __future__ import annotations
 
 import math
+import re
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 from finetune.config.schema import Config
+from finetune.data.batches import collate
+from finetune.data.examples import Examples
 from finetune.data.prepare import PreparedData, prepare
-from finetune.data.render import Example, Renderer
+from finetune.data.render import Renderer
 from finetune.errors import DivergedError, VerificationError
+from finetune.model import attention
 from finetune.model.adapters import attach, trainable
+from finetune.model.fast import accelerate
+from finetune.model.head import causal_model, head_kind, target_losses
 from finetune.model.load import load_base
 from finetune.planning.steps import count_steps
+from finetune.runs import verify
 from finetune.scoring import Scorer
 from finetune.training.batching import global_batch
 from finetune.training.checkpoints import Progress
 from finetune.training.groups import assign_groups
-from finetune.training.loop import Session, _require_change, fit
+from finetune.training.loop import Session, _backward, _optimizer_step, _require_change, fit
 from finetune.training.metrics import StepDone
-from finetune.training.optimizer import build_optimizer, rate_factor
+from finetune.training.optimizer import build_optimizer
 from finetune.training.signals import StopRequest
 
 ALONE = SimpleNamespace(process_index=0, num_processes=1)
@@ -73,47 +86,6 @@ def weights(session: Session) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in session.parameters.values()])
 
 
-def reference(config: Config, data: PreparedData) -> tuple[torch.Tensor, list[float]]:
-    """Plain PyTorch: one example at a time through the model's own forward, textbook cross-entropy, one division a step."""
-    torch.manual_seed(0)
-    model = attach(load_base(Path(config.model.id), config.quantization, torch.float32, torch.device("cpu")), config.tuning).train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adam = torch.optim.AdamW(parameters, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay)
-    steps, losses = count_steps(config, len(data.train)), []
-    for step in range(steps.total):
-        batch: list[Example] = [data.train[i] for i in global_batch(len(data.train), config.train.batch_size, config.seed, step)]
-        total = torch.zeros(())
-        for example in batch:
-            logits = model(input_ids=torch.tensor([example.ids])).logits[0].log_softmax(-1)
-            for position, supervised in enumerate(example.mask):
-                if supervised:
-                    total = total - logits[position - 1, example.ids[position]]
-        loss = total / sum(example.supervised for example in batch)
-        adam.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm or math.inf)
-        for group in adam.param_groups:
-            group["lr"] = config.optimizer.learning_rate * rate_factor(config.schedule, steps, step)
-        adam.step()
-        losses.append(float(loss))
-    return torch.cat([parameter.detach().flatten() for parameter in parameters]), losses
-
-
-@pytest.fixture(scope="module")
-def expected(tiny_model_dir: Path, chat_file: Path, data: PreparedData) -> tuple[torch.Tensor, list[float]]:
-    return reference(make_config(tiny_model_dir, chat_file), data)
-
-
-@pytest.mark.parametrize("max_tokens", [1, 64, 150, 10_000])
-def test_a10_every_cut_equals_plain_pytorch(
-    tiny_model_dir: Path, chat_file: Path, data: PreparedData, expected: tuple[torch.Tensor, list[float]], max_tokens: int
-) -> None:
-    session, rows = make_session(make_config(tiny_model_dir, chat_file), data, max_tokens=max_tokens)
-    fit(session, Progress(), StopRequest())
-    assert [row.loss for row in rows] == pytest.approx(expected[1], rel=1e-5)
-    assert torch.allclose(weights(session), expected[0], atol=2e-5)
-
-
 def test_an_epoch_sees_every_row_once_and_the_next_in_another_order() -> None:
     rows, size = 23, 5
     per_epoch = 5
@@ -135,6 +107,146 @@ def test_b3_a_loss_that_is_not_finite_stops_the_run(tiny_model_dir: Path, chat_f
     assert not rows
     parameter.data[0, 0] = before[0] if name == next(iter(session.parameters)) else 0.0
     assert torch.equal(weights(session), before)
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient", "validation"])
+def test_b3_what_is_not_finite_in_step_5_leaves_the_checkpoint_of_step_4(
+    write_config: Callable[..., Path], train_here: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    training = {"epochs": 3, "batch_size": 8, "precision": "fp32", "tokens_per_device": 4096, "checkpoint": {"every_steps": 1}}
+    config = write_config(train={**training, "evaluate": {"every_steps": 5}})  # one micro-batch a step
+    calls = 0
+
+    def wrong(model: Any, *batch: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        losses = target_losses(model, *batch)
+        if calls == 5 and broken == "loss":
+            return losses * math.nan
+        if calls == 5 and broken == "gradient":
+            losses.register_hook(lambda gradient: gradient * math.inf)
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.training.loop.target_losses", wrong)
+        if broken == "validation":
+            patch.setattr("finetune.scoring.target_losses", lambda *batch: target_losses(*batch) * math.inf)
+        with pytest.raises(DivergedError, match="step 5") as caught:
+            train_here(config)
+    run = tmp_path / "run"
+    assert caught.value.exit_code == 5
+    assert broken == "validation" or re.search(r"rows .*chat.jsonl:\d+.* and 4 more", caught.value.problems[0].where)
+    assert not (run / "adapter").exists()
+    newest = run / "checkpoints" / "step-00000004"
+    assert newest == max(path for path in (run / "checkpoints").iterdir())
+    verify(newest)
+    assert all(bool(torch.isfinite(tensor).all()) for file in newest.glob("*.safetensors") for tensor in load_file(file).values())
+    assert train_here(config, resume=True) == run  # the good checkpoint is one that the run goes on from
+    assert (run / "adapter" / "MANIFEST.json").is_file()
+
+
+def test_b3_the_command_says_so_and_exits_5(finetune: Callable[..., Any], write_config: Callable[..., Path]) -> None:
+    tuning = {"method": "lora", "rank": 4, "alpha": 1e38, "targets": "all-linear"}  # the square of any gradient overflows
+    done = finetune("train", write_config(tuning=tuning, schedule={"warmup_steps": 0}))
+    assert done.code == 5, done.err
+    assert "is not finite in step 1; the step was not applied" in " ".join(done.err.split())
+    assert "fix:" in done.err
+    assert "Traceback" not in done.err
+
+
+class Transfers(TorchDispatchMode):
+    """Counts how often a value is read on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_micro_batch_waits_for_the_device(
+    tiny_model_dir: Path, chat_file: Path, data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device, where tensors have no values: whatever the host would wait for raises. Attention is that of a GPU."""
+    session, _ = make_session(make_config(tiny_model_dir, chat_file), data)
+    assert accelerate(session.scorer.model, session.config.tuning).packed
+    core = causal_model(session.scorer.model)
+    assert head_kind(core) == "plain"  # measured once a run
+    monkeypatch.setitem(attention.KERNELS, "meta", attention.KERNELS["cuda"])
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no such device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    for parameter in session.scorer.model.to("meta").parameters():
+        parameter.grad = None
+    for embedding in [module for module in session.scorer.model.modules() if hasattr(module, "inv_freq")]:
+        embedding.to("meta")
+    pieces = [[0, 1, 2], [3]]
+    total = sum(_backward(session, piece, 7, 40) for piece in pieces)
+    assert isinstance(total, torch.Tensor)
+    assert total.device.type == "meta"
+    assert all(parameter.grad is not None for parameter in trainable(session.scorer.model).values())
+    batch = collate([data.train[0]]).to(torch.device("meta"))
+    with pytest.raises((NotImplementedError, RuntimeError)):  # were the batch sent there first, it would have to be asked
+        target_losses(session.scorer.model, batch.ids, batch.attention, batch.supervised)
+
+
+def test_a_step_reads_as_many_values_for_one_micro_batch_as_for_ten(tiny_model_dir: Path, chat_file: Path, data: PreparedData) -> None:
+    counts = []
+    for cut in (16, 10_000):
+        session, _ = make_session(make_config(tiny_model_dir, chat_file), data, max_tokens=cut)
+        accelerate(session.scorer.model, session.config.tuning)
+        _optimizer_step(session, 0, check_gradients=False)
+        with Transfers() as seen:
+            _optimizer_step(session, 1, check_gradients=False)
+        counts.append(seen.count)
+    assert counts[0] == counts[1]
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that the results of torch's operations held at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self._note(value.untyped_storage())
+        return result
+
+    def _note(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known[key] = size
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._known.pop(key, 0)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+def test_b5_the_memory_of_validation_does_not_depend_on_its_rows(
+    tiny_model_dir: Path, chat_file: Path, data: PreparedData, kernels: str
+) -> None:
+    session, _ = make_session(make_config(tiny_model_dir, chat_file), data, max_tokens=512)
+    if kernels == "auto":
+        accelerate(session.scorer.model, session.config.tuning)
+    longest = max(data.train, key=lambda example: len(example.ids))
+    session.scorer.mean_loss([longest])
+    peaks = []
+    for rows in (50, 500):
+        with LiveBytes() as seen:
+            session.scorer.mean_loss(Examples.of([longest] * rows))
+        peaks.append(seen.peak)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
 def test_a11_a_trainable_tensor_outside_the_loss_is_refused(tiny_model_dir: Path, chat_file: Path, data: PreparedData) -> None:
