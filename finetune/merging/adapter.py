@@ -119,6 +119,13 @@ class Adapter:
                 fix="merge it with the tool that made it",
             )
 
+    def touches(self, name: str) -> bool:
+        """Whether the adapter changes the weight ``name``."""
+        module, _, part = name.rpartition(".")
+        update = self.updates.get(module)
+        scaled = part == "bias" and isinstance(update, Scaling) and not update.of_inputs
+        return name in self.copies or name in self.rows or scaled or (part == "weight" and update is not None)
+
     def touched(self, names: Iterable[str]) -> set[str]:
         """Those of the weights ``names`` that the adapter changes, and whatever it changes that is not among them."""
         scaled = {f"{module}.bias" for module, update in self.updates.items() if isinstance(update, Scaling) and not update.of_inputs}

@@ -11,7 +11,7 @@ but is not the one that was evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +24,15 @@ from finetune.merging.adapter import located
 from finetune.merging.companions import copy_companions, read_model_config, write_index, write_model_config
 from finetune.merging.fitting import require_fitting, settle_tie, unties, with_new_rows
 from finetune.merging.inputs import Inputs, MergeSource, open_inputs
-from finetune.merging.rounding import Rounding, rounded
-from finetune.merging.updates import Update
+from finetune.merging.rounding import Rounding, round_into, rounded
+from finetune.merging.updates import LowRankUpdate, Update
 from finetune.model.packed import PackedWeights
 from finetune.model.quantize import roundtrip
 from finetune.model.shards import ShardWriter, Slot
 from finetune.model.tokens import enlarged
+
+_BLOCK = 1 << 19
+"""Elements that are in fp32 at a time where rows can be merged one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,7 @@ def fold(
         for file, outputs in plan.items():
             with ShardWriter(destination / file, {name: output.slot for name, output in outputs.items()}) as writer:
                 for name, output in outputs.items():
-                    writer.write(name, rounded(_merged(inputs, name, output.source), output.slot.dtype, name, rounding, seed))
+                    writer.write(name, _written(inputs, name, output, rounding, seed))
                     done += 1
                     if progress:
                         progress(done, total)
@@ -113,6 +116,38 @@ def _plan(inputs: Inputs, dtype: torch.dtype, untied: bool) -> dict[str, dict[st
 
 
 @torch.no_grad()
+def _written(inputs: Inputs, name: str, output: _Output, rounding: Rounding, seed: int) -> Tensor:
+    """The tensor ``name`` of the output in its type."""
+    module, _, part = name.rpartition(".")
+    update = inputs.adapter.updates.get(module) if part == "weight" else None
+    whole = module in inputs.layout.quantized or output.slot.shape != inputs.weights.info[output.source].shape
+    if whole or not isinstance(update, LowRankUpdate) or update.embedding:
+        return rounded(_merged(inputs, name, output.source), output.slot.dtype, name, rounding, seed)
+    result = torch.empty(output.slot.shape, dtype=output.slot.dtype)
+    for start, values in _by_rows(inputs, name, output, update):
+        place = result[start : start + len(values)]
+        round_into(place.view(-1), values.view(-1), start * values.shape[1], name, rounding, seed)
+    return result
+
+
+def _by_rows(inputs: Inputs, name: str, output: _Output, update: LowRankUpdate) -> Iterator[tuple[int, Tensor]]:
+    """(first row, values) of a low-rank update of a weight that was not quantized, a few rows at a time: what is in fp32 then stays in the
+    processor's cache, and the allocator asks the system for no new pages."""
+    source = inputs.source
+    stored = inputs.weights.read(output.source)
+    taken = {key: inputs.adapter.take(key, name).to(source.device) for key in update.keys}
+    rows, width = stored.shape
+    with located(str(source.adapter_dir)):
+        update.require_rows(rows, taken)
+    at_once = max(1, _BLOCK // width)
+    for start in range(0, rows, at_once):
+        block = stored[start : start + at_once].to(source.device)
+        values = (block if source.base == "original" else block.to(source.compute_dtype)).to(torch.float32, copy=True)
+        part = update.rows(taken, start, len(values))
+        yield start, update.on_weight(values, part.__getitem__, lambda found: found)
+
+
+@torch.no_grad()
 def _merged(inputs: Inputs, name: str, source: str) -> Tensor:
     """The tensor ``name`` of the output: ``source`` of the base with what the adapter does to it."""
     adapter, layout = inputs.adapter, inputs.layout
@@ -120,7 +155,7 @@ def _merged(inputs: Inputs, name: str, source: str) -> Tensor:
         return adapter.take(adapter.copies[name], name)
     stored = inputs.weights.read(source)
     module, _, part = name.rpartition(".")
-    touched = name in adapter.touched([name])
+    touched = adapter.touches(name)
     enlarges = bool(inputs.source.new_ids) and name in (layout.embedding, layout.head)
     quantized = part == "weight" and module in layout.quantized
     if not stored.is_floating_point() or not (touched or enlarges or quantized):
@@ -140,7 +175,7 @@ def _base_values(inputs: Inputs, name: str, stored: Tensor, *, quantized: bool) 
         loaded = stored if source.base == "original" else stored.to(source.compute_dtype)
         if name in (inputs.layout.embedding, inputs.layout.head):
             loaded = enlarged(loaded, source.new_ids)
-        return loaded.float().clone()
+        return loaded.to(torch.float32, copy=True)
     if corrections is not None and module in corrections.modules:
         base = corrections.read(module).base
         stored = base.added_to(stored, -1.0) if base is not None else stored

@@ -39,11 +39,18 @@ def rounded(tensor: Tensor, dtype: torch.dtype, name: str, rounding: Rounding = 
     flat = tensor.contiguous().view(-1)
     result = flat if flat.dtype == dtype else torch.empty_like(flat, dtype=dtype)
     for start in range(0, flat.numel(), _AT_ONCE):
-        part = flat[start : start + _AT_ONCE]
-        if result is not flat:
-            result[start : start + _AT_ONCE] = _part(part, dtype, rounding, _key(seed, name), start)
-        _require_finite(part, result[start : start + _AT_ONCE], name)
+        part, place = flat[start : start + _AT_ONCE], result[start : start + _AT_ONCE]
+        if result is flat:
+            _require_finite(part, part, name)
+        else:
+            round_into(place, part, start, name, rounding, seed)
     return result.view(tensor.shape)
+
+
+def round_into(place: Tensor, values: Tensor, start: int, name: str, rounding: Rounding = "nearest", seed: int = 0) -> None:
+    """Write ``values`` (n,), which begin at element ``start`` of the tensor ``name``, into ``place`` (n,) of its type; see `rounded`."""
+    place.copy_(_part(values, place.dtype, rounding, _key(seed, name), start))
+    _require_finite(values, place, name)
 
 
 def rounded_rows(rows: Tensor, places: Tensor, dtype: torch.dtype, name: str, rounding: Rounding = "nearest", seed: int = 0) -> Tensor:
@@ -61,9 +68,9 @@ def _key(seed: int, name: str) -> int:
 
 
 def _part(values: Tensor, dtype: torch.dtype, rounding: Rounding, key: int, start: int) -> Tensor:
-    """``values`` (n,), which begin at element ``start`` of their tensor, in ``dtype``."""
+    """``values`` (n,), which begin at element ``start`` of their tensor, such that ``dtype`` holds them or takes the nearest."""
     if rounding == "nearest" or dtype not in _CUT_BITS:
-        return values.to(dtype)
+        return values  # written to another type, a value goes to the nearest
     return _stochastic(values.float(), dtype, _noise(key, start, len(values), values.device))
 
 

@@ -10,7 +10,7 @@ IA3            diag(l) W0 (and the bias), or W0 diag(l)      2205.05638
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,21 @@ class LowRankUpdate:
     """DoRA's magnitude, where the adapter has one."""
     embedding: bool
     """Whether A is (r, vocabulary) and B (d, r), so that the update is s (BA)^T."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All its tensors."""
+        return tuple(key for key in (self.a, self.b, self.magnitude) if key)
+
+    def rows(self, tensors: Mapping[str, Tensor], start: int, count: int) -> dict[str, Tensor]:
+        """The part of its ``tensors`` that ``count`` rows of a linear layer's weight need: A is for all of them."""
+        return {key: tensor if key == self.a else tensor[start : start + count] for key, tensor in tensors.items()}
+
+    def require_rows(self, count: int, tensors: Mapping[str, Tensor]) -> None:
+        """VerificationError unless DoRA's magnitude has one value for each of ``count`` rows of a linear layer's weight."""
+        if self.magnitude is not None and tensors[self.magnitude].numel() != count:
+            shape = tuple(tensors[self.magnitude].shape)
+            raise VerificationError(f"{self.magnitude} has the shape {shape}, not one value for each of {count}")
 
     def sides(self, shape: Shape) -> Sides:
         """Shape of the weight."""
