@@ -106,5 +106,8 @@ bench-combine: $(VENV)/.quickstart ## two adapters of different chapters combine
 bench-loftq: $(VENV)/.dev ## what LoftQ gains and costs on the real model (docs/benchmarks/loftq.json)
 	$(BIN)/python benchmarks/loftq.py
 
+bench-merge: $(VENV)/.quickstart ## what each type keeps of the gain; time and memory of merging (docs/benchmarks/merge.json)
+	$(BIN)/python benchmarks/merge.py
+
 clean: ## remove the environment, runs and caches of this checkout
 	rm -rf $(VENV) .venv-trl runs merged .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
