@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from benchmarks.engine import rounds, runs
+from benchmarks.engine import rounds, runs, table
 from benchmarks.engine.tools import FINETUNE, PLAIN
 
 ROWS, SCALE = 600, 4
@@ -226,6 +226,8 @@ def main() -> int:
         results = rounds.Results()
         results.found["gpu"] = {"device": torch.cuda.get_device_name(0), "torch": torch.__version__} | results.found.get("gpu", {}) | found
         results.save()
+        if "machine" in results.found:  # the page needs the CPU's part too
+            results.path.with_suffix(".md").write_text(table.markdown(results.found), encoding="utf-8")
     return int(any("failed" in row for row in found.get("8b", [])))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import data, measure
-from benchmarks.engine.tools import ROOT, Job, Step, Tool
+from benchmarks.engine.tools import ROOT, Job, Step, Tool, variables
 
 WORK = ROOT / ".cache" / "bench-engine"
 TIMEOUT_S = 3600.0
@@ -100,8 +100,9 @@ def _run(tool: Tool, job: Job, work: Work, settings: Sequence[str], *, score: bo
     job.directory.mkdir(parents=True)
     began = datetime.now(UTC).isoformat(timespec="seconds")
     identity = {"tool": tool.name, "nf4": job.nf4, "seed": job.seed, "began": began, "settings": list(settings)}
+    named, options = variables(settings)
     try:
-        measured = measure.run(tool.command(job, settings), job.environment(), job.directory, TIMEOUT_S, tool.watched(job))
+        measured = measure.run(tool.command(job, options), named | job.environment(), job.directory, TIMEOUT_S, tool.watched(job))
     except OSError as error:
         return identity | {"failed": str(error)}
     if measured.returncode:

@@ -160,10 +160,28 @@ def markdown(results: dict[str, Any]) -> str:
     lines += ["", "## Floors", "", "| floor | measured | |", "|---|---|---|"]
     lines += [f"| {floor.promise} | {floor.measured} | {floor.verdict} |" for floor in floors(results)]
     lines += _candidates(results["candidates"])
-    return (
-        "\n".join([*lines, "", "On a GPU: not measured (`make bench-gpu` needs one)." if not results.get("gpu") else "", ""]).rstrip()
-        + "\n"
-    )
+    return "\n".join([*lines, *_gpu(results.get("gpu"))]) + "\n"
+
+
+def _gpu(found: dict[str, Any] | None) -> list[str]:
+    lines = ["", "## On an NVIDIA GPU", ""]
+    if not found:
+        return [*lines, "Not measured: `make bench-gpu` needs a GPU, and there was none."]
+    lines.append(f"{found['device']}, torch {found['torch']}; random weights.")
+    if "70b" in found:
+        peak = found["70b"]["peak_allocated"] / 2**30, found["70b"]["peak_reserved"] / 2**30
+        lines += [
+            "",
+            f"70B in NF4, LoRA r=64, one example of {found['70b']['tokens']:,} tokens: peak {peak[0]:.1f} GiB, {peak[1]:.1f} reserved.",
+        ]
+    for row in found.get("8b", []):
+        said = (
+            f"failed: {row['failed']}"
+            if "failed" in row
+            else f"{row['tokens_per_s']:.0f} tokens/s whole, {row['steady_tokens_per_s']:.0f} steady"
+        )
+        lines += ["", f"8B, {row['variant']}, {row['tool']}, round {row['round'] + 1}: {said}."]
+    return lines
 
 
 def _variant(results: dict[str, Any], variant: str) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,12 @@ class Job:
         return found | ({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})
 
 
+def variables(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """``settings`` as variables of the environment and options of the command."""
+    named = [setting for setting in settings if re.match(r"[A-Z_]+=", setting)]
+    return dict(setting.split("=", 1) for setting in named), [setting for setting in settings if setting not in named]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One optimizer step as it was seen to end."""
@@ -76,13 +83,12 @@ class Tool:
     adapter: Callable[[Job], Path]
     """Directory of the finished adapter."""
     settings: tuple[str, ...] = ()
-    """The best found."""
+    """The best found: options of the command, and variables of its environment (``NAME=value``)."""
     nf4_settings: tuple[str, ...] = ()
     candidates: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """What `--candidates` compares; the settings above are the fastest of these."""
     watched: Callable[[Job], Path | None] = lambda _: None
     """The file in which steps are seen, where it is not stdout."""
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 # --- this project --------------------------------------------------------------------------------------------------------------------
@@ -174,13 +180,17 @@ def _trl_steps(lines: Sequence[Line]) -> list[Step]:
     return found
 
 
+_ALL_CORES = f"OMP_NUM_THREADS={os.cpu_count()}"
+"""accelerate's launcher, which `trl sft` goes through, otherwise gives the process a single thread."""
 _TRL_BF16 = ("--bf16", "True", "--dtype", "bfloat16")
 
 
 def _trl_batch(size: int, *more: str) -> tuple[str, ...]:
-    return (*_TRL_BF16, "--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(BATCH // size), *more)
+    return (_ALL_CORES, *_TRL_BF16, "--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(BATCH // size), *more)
 
 
+_SLEEP = "OMP_WAIT_POLICY=PASSIVE"
+"""What this project sets for itself."""
 _BY_LENGTH = ("--train_sampling_strategy", "group_by_length")
 _PADDING_FREE = ("--padding_free", "True", "--max_length", "None")
 
@@ -205,6 +215,7 @@ PLAIN = Tool(
         "bf16, 8 x 1 row": ("--micro", "1"),
         "bf16, 4 x 2 rows": ("--micro", "2"),
         "bf16, 8 rows": (),
+        "bf16, 8 rows by length, threads that sleep": (_SLEEP, "--grouped"),
         "fp32, 8 rows by length": ("--grouped", "--precision", "fp32"),
     },
 )
@@ -221,7 +232,8 @@ TRL_SFT = Tool(
         "bf16, 8 x 1 row": _trl_batch(1),
         "bf16, 4 x 2 rows": _trl_batch(2),
         "bf16, 8 rows without padding": _trl_batch(8, *_PADDING_FREE),
-        "fp32, 8 rows by length": ("--bf16", "False", "--dtype", "float32", "--per_device_train_batch_size", "8", *_BY_LENGTH),
+        "bf16, 8 rows by length, threads that sleep": (_SLEEP, *_trl_batch(8, *_BY_LENGTH)),
+        "fp32, 8 rows by length": (_ALL_CORES, "--bf16", "False", "--dtype", "float32", "--per_device_train_batch_size", "8", *_BY_LENGTH),
     },
 )
 TOOLS = {tool.name: tool for tool in (FINETUNE, PLAIN, TRL_SFT)}

@@ -82,6 +82,15 @@ def test_a_failed_tool_and_a_busy_machine_are_told() -> None:
     assert "Other processes used up to 50% of the cores" in page
 
 
+def test_what_no_gpu_measured_is_called_so() -> None:
+    assert "Not measured: `make bench-gpu` needs a GPU" in table.markdown(_results())
+    seventy = {"tokens": 4096, "peak_allocated": 2**35, "peak_reserved": 2**36}
+    eight = [_run("finetune", 0, steady_tokens_per_s=900.0), {"tool": "TRL", "variant": "NF4", "round": 0, "failed": "no memory"}]
+    page = table.markdown(_results() | {"gpu": {"device": "some", "torch": "2.13.0", "70b": seventy, "8b": eight}})
+    for part in ("peak 32.0 GiB, 64.0 reserved", "900 steady", "TRL, round 1: failed: no memory"):
+        assert part in page
+
+
 def test_the_page_is_that_of_the_results() -> None:
     """Written by the same run: neither is edited by hand."""
     if not (_DOCS / "engine.json").is_file():
