@@ -41,7 +41,13 @@ def _is_lost(error: RuntimeError) -> bool:
 
 
 def require_own_launch() -> None:
-    """ConfigError where `accelerate launch` was told to shard by its own configuration: the YAML file alone decides that."""
+    """ConfigError where `accelerate launch` does not do what it was told, or was told what the YAML file alone decides."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "accelerate launch was asked for several processes, and starts only one on a CPU unless it goes through mpirun",
+            where="accelerate launch --cpu",
+            fix="finetune train CONFIG --devices N",
+        )
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise ConfigError(

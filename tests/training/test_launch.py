@@ -150,6 +150,17 @@ def test_accelerates_own_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         require_own_launch()
 
 
+def test_accelerate_launch_on_a_cpu_starts_one_process_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `accelerate launch --cpu --num_processes 2` leaves: an address to meet at, and nobody to meet."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "127.0.0.1" if name == "MASTER_ADDR" else "29500")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    with pytest.raises(ConfigError, match="--devices"):
+        require_own_launch()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    require_own_launch()
+
+
 def test_a_run_directory_that_nodes_do_not_share_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="all nodes share"):
         require_shared(tmp_path / "environment.json")
@@ -264,4 +275,19 @@ def test_tasks_of_srun_train_as_one_process(write_config: Callable[..., Path], t
     assert (code, other_code) == (0, 0), err + other_err
     assert (out, other_out) == (f"{tmp_path / 'two'}\n", "")
     assert "step" not in other_err
+    assert losses(tmp_path / "two") == pytest.approx(losses(reference), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_the_workers_too(write_config: Callable[..., Path], train_here: Callable[..., Path], tmp_path: Path):
+    """`--multi_gpu` starts processes whatever the machine has; each finds that there is no GPU."""
+    reference = train_here(write_config("one.yaml", output=str(tmp_path / "one")))
+    config = write_config("two.yaml", output=str(tmp_path / "two"))
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    options += ["--main_process_port", str(free_port())]
+    command = ["accelerate.commands.launch", *options, "-m", "finetune", "train", str(config)]
+    ((code, out, err),) = start([command], [{}])
+    assert code == 0, err
+    assert out == f"{tmp_path / 'two'}\n"
+    assert "2 x cpu" in err
     assert losses(tmp_path / "two") == pytest.approx(losses(reference), rel=1e-5)
