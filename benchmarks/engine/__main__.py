@@ -4,6 +4,7 @@ Without options: rounds of all tools, LoRA on all rows and NF4 on some, into doc
 kept as they come; the same command goes on after an interruption, and repeats what failed or what was measured on other code. Exit code 1
 where a tool failed or a floor does not hold.
 
+The same on fewer rows, kept beside the runs and not in docs/: `python -m benchmarks.engine --rows 24 --rounds 1`.
 One tool alone, to see what a change does (nothing is kept): `python -m benchmarks.engine --tool finetune --rows 100`.
 The settings of each tool that were tried: `python -m benchmarks.engine --candidates`.
 """
@@ -14,6 +15,7 @@ import argparse
 import json
 import signal
 import sys
+from dataclasses import replace
 
 from benchmarks.engine import data, rounds, runs, table
 from benchmarks.engine.tools import TOOLS
@@ -60,8 +62,12 @@ def main() -> int:
         return written(rounds.candidates(chosen.threads, [TOOLS[chosen.tool]] if chosen.tool else [*TOOLS.values()], nf4=chosen.nf4))
     if chosen.tool:
         return one(chosen)
-    variants = tuple(variant for variant in rounds.VARIANTS if chosen.variant in (None, variant.name))
-    return written(rounds.compare(chosen.rounds, chosen.threads, variants))
+    variants = [variant for variant in rounds.VARIANTS if chosen.variant in (None, variant.name)]
+    results = rounds.Results()
+    if chosen.rows:
+        variants = [replace(variant, rows=min(variant.rows, chosen.rows)) for variant in variants]
+        results = rounds.Results(runs.WORK / f"engine-{chosen.rows}.json")
+    return written(rounds.compare(results, chosen.rounds, chosen.threads, variants))
 
 
 if __name__ == "__main__":

@@ -133,9 +133,9 @@ def _digest(*files: Path) -> str:
 # --- the rounds ----------------------------------------------------------------------------------------------------------------------
 
 
-def compare(count: int, threads: int | None, variants: tuple[Variant, ...] = VARIANTS) -> Results:
-    """``count`` rounds of all tools; what is in the results file already, and of the same code, data and machine, is not run again."""
-    results, own = Results(), versions(Path(sys.executable))
+def compare(results: Results, count: int, threads: int | None, variants: Sequence[Variant] = VARIANTS) -> Results:
+    """``count`` rounds of all tools; what is in ``results`` already, and of the same code, data and machine, is not run again."""
+    own = versions(Path(sys.executable))
     found = {TRL_SFT.name: trl_versions()}
     results.found |= {"machine": machine(), "model": model(), "versions": found[TRL_SFT.name] or own}
     works = {variant.name: runs.prepare_work(variant.rows) for variant in variants}
@@ -158,7 +158,7 @@ def compare(count: int, threads: int | None, variants: tuple[Variant, ...] = VAR
     return results
 
 
-def _turns(count: int, variants: tuple[Variant, ...]) -> Iterator[tuple[int, Variant, Tool]]:
+def _turns(count: int, variants: Sequence[Variant]) -> Iterator[tuple[int, Variant, Tool]]:
     for number in range(count):
         for variant in variants:
             for tool in order(number):
