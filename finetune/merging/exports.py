@@ -126,8 +126,7 @@ def export_measured(reference: Reference, source: MergeSource, destination: Path
 
 
 def _chosen(trials: Sequence[ExportTrial], source: MergeSource) -> ExportTrial:
-    """The accepted form of the smallest loss, or of the smallest KL where losses tell nothing; VerificationError with all figures where there
-    is none."""
+    """The accepted form of the smallest loss, or of the smallest KL where losses tell nothing; VerificationError where there is none."""
     accepted = [trial for trial in trials if trial.accepted]
     if accepted:
         return min(accepted, key=lambda trial: trial.parity.mean_kl if trial.parity.gain_kept is None else trial.parity.loss_merged)

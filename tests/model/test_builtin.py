@@ -94,7 +94,7 @@ def test_c1_only_safetensors_and_text_are_asked_of_the_hub(tiny_model_dir: Path)
     assert asked["revision"] == "abc"
     from huggingface_hub.utils import filter_repo_objects
 
-    files = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json", "chat_template.jinja"]
+    files = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json", "README.md"]
     risky = ["pytorch_model.bin", "training_args.bin", "modeling_x.py", "original/consolidated.00.pth", "onnx/model.onnx", "rng_state.pth"]
     kept = filter_repo_objects([*files, *risky], allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
     assert list(kept) == files
