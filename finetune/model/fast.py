@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.schema import Full, Norm, Tuning
-from finetune.model import fast_lora, fast_norm
+from finetune.model import fast_lora, fast_mlp, fast_norm
 from finetune.model.head import causal_model
 from finetune.model.packing import enable_packing
 
@@ -21,11 +21,14 @@ class Accelerated:
     """LoRA layers that compute as one function."""
     norms: int
     """Norms that do."""
+    mlps: int = 0
+    """Gated MLPs that do, their three LoRA layers included."""
 
     @property
     def summary(self) -> str:
         """For people."""
-        return f"{'no padding' if self.packed else 'padded'}, {self.linears} LoRA layers and {self.norms} norms as one function each"
+        own = f"{self.linears} LoRA layers, {self.mlps} MLPs and {self.norms} norms as one function each"
+        return f"{'no padding' if self.packed else 'padded'}, {own}"
 
 
 def accelerate(model: Any, tuning: Tuning, *, pack: bool = True) -> Accelerated:
@@ -34,4 +37,4 @@ def accelerate(model: Any, tuning: Tuning, *, pack: bool = True) -> Accelerated:
     ``pack`` false: padding stays for now, since the model will move to another kind of device.
     """
     norms = 0 if isinstance(tuning, Full | Norm) else fast_norm.install(model)  # norms that train are left to the library
-    return Accelerated(pack and enable_packing(causal_model(model)), fast_lora.install(model), norms)
+    return Accelerated(pack and enable_packing(causal_model(model)), fast_lora.install(model), norms, fast_mlp.install(model))
