@@ -385,13 +385,15 @@ def _gib(count: int) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the run directory's lock; ConfigError while another process has it."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Hold the run directory's lock; ConfigError while another process has it, HardwareError where it cannot be made."""
     lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigError("another process is writing this run", where=str(path), fix="wait for it, or choose another output") from error
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            fix = "wait for it, or choose another output"
+            raise ConfigError("another process is writing this run", where=str(path), fix=fix) from error
     try:
         yield
     finally:

@@ -110,16 +110,19 @@ _STATES = {"lion": 1.0, "lion-8bit": 1.0}
 """States an optimizer keeps of each weight; 2 for all others."""
 _SMALL = 4096
 """bitsandbytes keeps the states of tensors with fewer elements in 32 bits."""
+_FRAME = 4096
+"""What comes with each parameter: names, shapes, and the maps of 8-bit states."""
 
 
-def checkpoint_bytes(parameters: Mapping[str, torch.nn.Parameter], method: str) -> int:
-    """About what a checkpoint takes on disk, once the optimizer ``method`` has states; rather too much than too little."""
-    total = 0.0
-    for parameter in parameters.values():
+def checkpoint_bytes(model: Any, method: str) -> int:
+    """About what a checkpoint of ``model`` takes on disk once the optimizer ``method`` has states; rather too much than too little."""
+    total = sum(tensor.numel() * tensor.element_size() for tensor in contents(model).tensors.values())
+    for parameter in trainable(model).values():
         eight = method.endswith("-8bit") and parameter.numel() >= _SMALL
-        state = 1.1 if eight else parameter.element_size()  # a byte, its share of the block's scale, and the map
-        total += parameter.numel() * (parameter.element_size() + _STATES.get(method, 2.0) * state)
-    return int(total * 1.02) + 2**16 + 512 * len(parameters)
+        state = 1.1 if eight else parameter.element_size()  # a byte and its share of the block's scale
+        averages = 2.0 if adalora.is_adalora(model) else 0.0
+        total += int(parameter.numel() * (averages * parameter.element_size() + _STATES.get(method, 2.0) * state)) + _FRAME
+    return int(total * 1.02) + 2**16
 
 
 def read_progress(directory: Path, run_id: str) -> Progress:

@@ -15,7 +15,6 @@ from finetune.config.schema import Config
 from finetune.data.stored import save_rows
 from finetune.errors import ConfigError
 from finetune.hardware import environment
-from finetune.model.adapters import trainable
 from finetune.runs import (
     RunDirectory,
     bytes_below,
@@ -90,7 +89,7 @@ def begin(start: Start, config: Config, parts: Parts, accelerator: Any) -> Start
 def require_room(run: RunDirectory, config: Config, parts: Parts) -> None:
     """HardwareError unless the disk takes all checkpoints that will ever lie there at once (pitfall B7)."""
     keep = config.train.checkpoint.keep
-    needed = (keep + 2) * checkpoint_bytes(trainable(parts.built.model), parts.method) - bytes_below(run.path / "checkpoints")
+    needed = (keep + 2) * checkpoint_bytes(parts.built.model, parts.method) - bytes_below(run.path / "checkpoints")
     require_space(run.path, needed, f"{keep + 2} checkpoints (train.checkpoint.keep, the best one, and one being written)")
 
 
