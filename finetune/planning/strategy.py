@@ -12,6 +12,7 @@ from typing import Any
 
 from finetune.config.distributed_checks import unspreadable
 from finetune.config.schema import Config, FourBit
+from finetune.errors import ConfigError
 from finetune.hardware import Machine
 
 _SHARE_FOR_WEIGHTS = 0.6
@@ -71,9 +72,16 @@ def _shapes(directory: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def choose_strategy(config: Config, machine: Machine, compute_bytes: int, crowd: Crowd) -> tuple[str, str]:
-    """`ddp` or `fsdp` and the sentence that says why; ``compute_bytes`` is the size of an unquantized scalar of the base."""
+    """`ddp` or `fsdp` and the sentence that says why; ``compute_bytes`` is the size of an unquantized scalar of the base.
+
+    ConfigError for offloading where there is no GPU.
+    """
     if crowd.world == 1:
         return "ddp", "one device: there is nothing to share"
+    if config.distributed.offload and machine.kind == "cpu":
+        raise ConfigError(
+            "`distributed.offload` keeps weights out of GPU memory, and there is no GPU here", where="distributed.offload", fix="remove it"
+        )
     if config.distributed.strategy != "auto":
         return config.distributed.strategy, "stated in distributed.strategy"
     if obstacle := unspreadable(config):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.config.schema import Config
+from finetune.errors import ConfigError
 from finetune.hardware import Machine
 from finetune.planning.resolve import resolve
 from finetune.planning.strategy import Crowd, Weights, choose_strategy, read_weights
@@ -60,6 +61,15 @@ def test_processes_on_a_cpu_share_its_memory() -> None:
 def test_one_device_shares_nothing_whatever_is_stated() -> None:
     resolved = resolve(config(distributed={"strategy": "fsdp"}), gpu(24))
     assert (resolved.strategy.value, resolved.strategy.reason) == ("ddp", "one device: there is nothing to share")
+
+
+def test_there_is_nothing_to_offload_from_on_a_cpu() -> None:
+    cpu = Machine("cpu", "a CPU", 64, 64 * 2**30, bf16=True)
+    offloading = config(distributed={"strategy": "fsdp", "offload": True})
+    assert choose_strategy(offloading, cpu, 2, Crowd(LLAMA_8B))[0] == "ddp", "one process: the same file resumes anywhere"
+    with pytest.raises(ConfigError, match="no GPU here"):
+        choose_strategy(offloading, cpu, 2, Crowd(LLAMA_8B, 2, 2))
+    assert choose_strategy(offloading, gpu(24), 2, Crowd(LLAMA_8B, 2, 2))[0] == "fsdp"
 
 
 def test_weights_are_counted_as_they_are_loaded(tiny_model_dir: Path) -> None:
