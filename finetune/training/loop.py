@@ -8,54 +8,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from finetune.config.schema import AdaLora, Config
+from finetune.config.schema import AdaLora
 from finetune.data.batches import collate
-from finetune.data.prepare import PreparedData
-from finetune.errors import DivergedError, RunInterruptedError, VerificationError
+from finetune.errors import DivergedError, RunInterruptedError
 from finetune.model import adalora
-from finetune.model.adapters import trainable
 from finetune.model.head import target_losses
 from finetune.planning.steps import Steps
-from finetune.scoring import Scorer
 from finetune.training.batching import dropout_seed, global_batch, micro_batches, share
 from finetune.training.checkpoints import Progress
-from finetune.training.distributed import idle_rounds, idle_scores, is_spread
-from finetune.training.groups import ParameterGroup
-from finetune.training.metrics import Evaluated, StepDone
+from finetune.training.distributed import idle_rounds
+from finetune.training.metrics import StepDone
 from finetune.training.optimizer import rate_factor, set_rates
+from finetune.training.participation import require_change, require_gradients, sums_of
+from finetune.training.session import CALMER, Session
 from finetune.training.signals import StopRequest
-
-_CALMER = "lower optimizer.learning_rate or lengthen the warm-up; the last checkpoint is intact"
-
-
-@dataclass(slots=True)
-class Session:
-    """Everything a step needs, built before the first one."""
-
-    config: Config
-    steps: Steps
-    data: PreparedData
-    scorer: Scorer
-    optimizer: torch.optim.Optimizer
-    groups: list[ParameterGroup]
-    accelerator: Any
-    record: Callable[[StepDone | Evaluated], None]
-    """Where rows go: metrics.jsonl and whoever watches."""
-    save: Callable[[Progress], None]
-    """Write a checkpoint."""
-    parameters: dict[str, torch.nn.Parameter] = field(init=False)
-    spread: bool = field(init=False)
-    """Whether the blocks of the model are shared out, so that every device must run the same number of passes."""
-
-    def __post_init__(self) -> None:
-        self.parameters = trainable(self.scorer.model)
-        self.spread = is_spread(self.scorer.model)
+from finetune.training.validation import validate
 
 
 def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
@@ -64,7 +34,7 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
     Raises DivergedError for a loss or gradient that is not finite (nothing of that step is kept), RunInterruptedError after a signal, with
     a checkpoint saved, VerificationError where a trainable tensor gets no gradient or never changes.
     """
-    start = _sums(session.parameters)
+    start = sums_of(session.parameters)
     first = progress.step
     if progress.evaluation_due:  # a signal came while it ran
         progress = _conclude(session, progress, stop)
@@ -80,7 +50,7 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
         progress = _conclude(session, progress, stop)
     if first == 0 and progress.step > 1:  # a resumed run may have only the schedule's last, tiny steps left
         pruned = adalora.pruned_whole(session.scorer.model)
-        _require_change({name: sums for name, sums in start.items() if name not in pruned}, _sums(session.parameters), session.config)
+        require_change({name: sums for name, sums in start.items() if name not in pruned}, sums_of(session.parameters), session.config)
     return progress
 
 
@@ -88,8 +58,8 @@ def _conclude(session: Session, progress: Progress, stop: StopRequest) -> Progre
     """What follows a step: validation and a checkpoint where they are due; RunInterruptedError where a signal came."""
     improved = False
     if progress.evaluation_due:
-        progress, improved = _validate(session, progress, stop)
-    stopping = _any_device(session, bool(stop))
+        progress, improved = validate(session, progress, stop)
+    stopping = session.any_device(bool(stop))
     if improved or stopping or progress.stopped_early or _due(progress.step, session.config.train.checkpoint.every_steps, session.steps):
         session.save(progress)
     if stopping:
@@ -121,7 +91,7 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
         loss += _backward(session, piece, dropout_seed(config.seed, step, number), supervised)
     _keep_pace(session, pieces)
     if check_gradients:
-        _require_gradients(session)
+        require_gradients(session)
     if accelerator.num_processes > 1:
         loss = accelerator.reduce(loss, "sum")
         _add_gradients(session)
@@ -172,98 +142,10 @@ def _add_gradients(session: Session) -> None:
         parameter.grad = session.accelerator.reduce(gradient, "sum")
 
 
-def _any_device(session: Session, flag: bool) -> bool:
-    if session.accelerator.num_processes == 1:
-        return flag
-    return bool(session.accelerator.reduce(torch.tensor(float(flag), device=session.scorer.device), "sum") > 0)
-
-
-def _validate(session: Session, progress: Progress, stop: StopRequest) -> tuple[Progress, bool]:
-    """Validation loss; whether it is the best so far. After a signal it is given up, and stays due."""
-    began = time.perf_counter()
-    loss = _validation_loss(session, stop)
-    if loss is None:
-        return progress, False
-    if not math.isfinite(loss):
-        raise DivergedError(f"the validation loss is {loss} after step {progress.step}", where=session.config.output, fix=_CALMER)
-    improved = progress.best_loss is None or loss < progress.best_loss
-    session.record(Evaluated(progress.step, loss, time.perf_counter() - began, improved))
-    progress = progress.advanced(last_loss=loss, evaluation_due=False)
-    if improved:
-        progress = progress.advanced(best_loss=loss, best_step=progress.step)
-    early = session.config.train.early_stopping
-    if early is None:
-        return progress, improved
-    if progress.patience_loss is None or loss < progress.patience_loss - early.min_delta:
-        return progress.advanced(patience_loss=loss, evaluations_without_gain=0), improved
-    waited = progress.evaluations_without_gain + 1
-    return progress.advanced(evaluations_without_gain=waited, stopped_early=waited >= early.patience), improved
-
-
-class _GivenUpError(Exception):
-    """A signal came during validation."""
-
-
-def _validation_loss(session: Session, stop: StopRequest) -> float | None:
-    """Mean nats a supervised token; every device scores its share, and all get one figure to decide by. None where it was given up."""
-    rank, world = session.accelerator.process_index, session.accelerator.num_processes
-    scorer, rows = session.scorer, session.data.validation
-
-    def give_up(_: int) -> None:
-        if stop and not session.spread:  # where blocks are shared out, the others wait for every pass
-            raise _GivenUpError
-
-    try:
-        total, count = scorer.total_loss(rows[rank::world], give_up)
-    except _GivenUpError:
-        total, count = math.nan, -1
-    given_up = _any_device(session, count < 0)
-    if given_up:
-        return None
-    if session.spread:
-        for _ in range(idle_scores(rows.lengths.tolist(), scorer.max_tokens, rank, world, packed=scorer.packed)):
-            scorer.total_loss(rows[:1])
-    if world > 1:
-        sums = session.accelerator.reduce(torch.tensor([total, count], dtype=torch.float64, device=session.scorer.device), "sum")
-        total, count = sums.tolist()
-    return total / count
-
-
 def _diverged(step: int, values: tuple[float, float], rows: list[str]) -> DivergedError:
     shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
     return DivergedError(
         f"the loss ({values[0]}) or the gradient's norm ({values[1]}) is not finite in step {step}; the step was not applied",
         where=f"rows {shown}",
-        fix=_CALMER,
+        fix=CALMER,
     )
-
-
-def _require_gradients(session: Session) -> None:
-    """Every trainable tensor takes part in the loss on some device (pitfall A11)."""
-    used = torch.tensor([float(parameter.grad is not None) for parameter in session.parameters.values()], device=session.scorer.device)
-    if session.accelerator.num_processes > 1:
-        used = session.accelerator.reduce(used, "sum")
-    idle = [name for name, count in zip(session.parameters, used.tolist(), strict=True) if not count]
-    if idle:
-        raise VerificationError(
-            f"{len(idle)} trainable tensors receive no gradient, first {idle[0]}",
-            where="the first step",
-            fix="remove their modules from tuning.targets",
-        )
-
-
-def _sums(parameters: dict[str, torch.nn.Parameter]) -> dict[str, tuple[float, float]]:
-    return {name: (float(p.detach().double().sum()), float(p.detach().double().square().sum())) for name, p in parameters.items()}
-
-
-def _require_change(before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]], config: Config) -> None:
-    still = [name for name, sums in before.items() if sums == after[name]]
-    if still:
-        fix = "raise their learning rate or remove their modules"
-        if config.train.trainable_dtype == "bf16":
-            fix = f"set train.trainable_dtype: fp32, for bf16 rounds small updates away; or {fix}"
-        raise VerificationError(
-            f"{len(still)} trainable tensors did not change, first {still[0]}",
-            where="the whole run",
-            fix=fix,
-        )

@@ -50,7 +50,7 @@ from finetune.training.checkpoints import (
 from finetune.training.distributed import explained, require_own_launch
 from finetune.training.export import export, is_finished
 from finetune.training.groups import assign_groups
-from finetune.training.loop import Session, fit
+from finetune.training.loop import fit
 from finetune.training.metrics import (
     AlreadyFinished,
     CheckpointDamaged,
@@ -67,6 +67,7 @@ from finetune.training.metrics import (
 from finetune.training.optimizer import build_optimizer
 from finetune.training.records import Parts, Start, begin, require_room, run_id
 from finetune.training.resume import identity, same_settings
+from finetune.training.session import Session
 from finetune.training.sharding import shard
 from finetune.training.signals import Interruption, StopRequest, stop_on_signals
 from finetune.training.tracking import require_trackers, scalars, trackers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import weakref
@@ -35,9 +36,11 @@ from finetune.scoring import Scorer
 from finetune.training.batching import global_batch
 from finetune.training.checkpoints import Progress
 from finetune.training.groups import assign_groups
-from finetune.training.loop import Session, _backward, _optimizer_step, _require_change, fit
+from finetune.training.loop import _backward, _optimizer_step, fit
 from finetune.training.metrics import StepDone
 from finetune.training.optimizer import build_optimizer
+from finetune.training.participation import require_change
+from finetune.training.session import Session
 from finetune.training.signals import StopRequest
 
 ALONE = SimpleNamespace(process_index=0, num_processes=1)
@@ -182,6 +185,7 @@ def test_no_micro_batch_waits_for_the_device(
         parameter.grad = None
     for embedding in [module for module in session.scorer.model.modules() if hasattr(module, "inv_freq")]:
         embedding.to("meta")
+    session.scorer = replace(session.scorer, device=torch.device("meta"))
     pieces = [[0, 1, 2], [3]]
     total = sum(_backward(session, piece, 7, 40) for piece in pieces)
     assert isinstance(total, torch.Tensor)
@@ -291,6 +295,24 @@ def test_early_stopping_stops(tiny_model_dir: Path, chat_file: Path, data: Prepa
     assert (progress.step, len(rows)) == (3, 3)
 
 
+def test_the_best_checkpoint_outlives_newer_ones_and_is_what_early_stopping_leaves(
+    write_config: Callable[..., Path], train_here: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 1.0, 2.5, 2.0, 1.5])
+    monkeypatch.setattr("finetune.training.validation._validation_loss", lambda *_: next(losses))
+    training = {"epochs": 4, "batch_size": 8, "precision": "fp32", "tokens_per_device": 512, "checkpoint": {"every_steps": 1, "keep": 1}}
+    run = train_here(write_config(train={**training, "evaluate": {"every_steps": 1}, "early_stopping": {"patience": 3}}))
+    assert [path.name for path in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000002", "step-00000005"]
+    best, last, left = (
+        load_file(run / place / "adapter_model.safetensors")
+        for place in ("checkpoints/step-00000002", "checkpoints/step-00000005", "adapter")
+    )
+    assert all(torch.equal(left[name], tensor) for name, tensor in best.items())
+    assert not all(torch.equal(left[name], tensor) for name, tensor in last.items())
+    rows = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "evaluation"]
+    assert [row["best"] for row in rows] == [True, True, False, False, False]
+
+
 def test_a16_validation_loss_does_not_depend_on_the_batch(tiny_model_dir: Path, chat_file: Path, data: PreparedData) -> None:
     session, _ = make_session(make_config(tiny_model_dir, chat_file), data)
     losses = [Scorer(session.scorer.model, torch.device("cpu"), "fp32", size).mean_loss(data.train) for size in (1, 100, 10_000)]
@@ -302,5 +324,5 @@ def test_a16_validation_loss_does_not_depend_on_the_batch(tiny_model_dir: Path, 
 def test_a12_what_bf16_rounded_away_is_said_to_be_that(tiny_model_dir: Path, chat_file: Path, dtype: str, advice: str) -> None:
     config = make_config(tiny_model_dir, chat_file, trainable_dtype=dtype)
     with pytest.raises(VerificationError, match="1 trainable tensors did not change, first a") as caught:
-        _require_change({"a": (1.0, 2.0), "b": (0.0, 0.0)}, {"a": (1.0, 2.0), "b": (1.0, 1.0)}, config)
+        require_change({"a": (1.0, 2.0), "b": (0.0, 0.0)}, {"a": (1.0, 2.0), "b": (1.0, 1.0)}, config)
     assert caught.value.problems[0].fix.startswith(advice)

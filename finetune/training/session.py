@@ -1,0 +1,52 @@
+"""What the steps of a run share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from finetune.config.schema import Config
+from finetune.data.prepare import PreparedData
+from finetune.model.adapters import trainable
+from finetune.planning.steps import Steps
+from finetune.scoring import Scorer
+from finetune.training.checkpoints import Progress
+from finetune.training.distributed import is_spread
+from finetune.training.groups import ParameterGroup
+from finetune.training.metrics import Evaluated, StepDone
+
+CALMER = "lower optimizer.learning_rate or lengthen the warm-up; the last checkpoint is intact"
+"""What to do about losses that are not finite."""
+
+
+@dataclass(slots=True)
+class Session:
+    """Everything a step needs, built before the first one."""
+
+    config: Config
+    steps: Steps
+    data: PreparedData
+    scorer: Scorer
+    optimizer: torch.optim.Optimizer
+    groups: list[ParameterGroup]
+    accelerator: Any
+    record: Callable[[StepDone | Evaluated], None]
+    """Where rows go: metrics.jsonl and whoever watches."""
+    save: Callable[[Progress], None]
+    """Write a checkpoint."""
+    parameters: dict[str, torch.nn.Parameter] = field(init=False)
+    spread: bool = field(init=False)
+    """Whether the blocks of the model are shared out, so that every device must run the same number of passes."""
+
+    def __post_init__(self) -> None:
+        self.parameters = trainable(self.scorer.model)
+        self.spread = is_spread(self.scorer.model)
+
+    def any_device(self, flag: bool) -> bool:
+        """Whether ``flag`` is up on any device: all of them decide alike."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.scorer.device), "sum") > 0)
