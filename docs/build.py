@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout, whatever else is installed
 
 from finetune.cli.app import app  # noqa: E402
+from finetune.config.combine import plan_schema  # noqa: E402
 from finetune.config.json_schema import config_schema, preset_schema, to_text  # noqa: E402
 from finetune.config.reference import config_reference  # noqa: E402
 
@@ -47,6 +48,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "methods.md": methods_page(),
         ROOT / "README.md": readme(),
         ROOT / "configs" / "finetune.schema.json": to_text(config_schema()),
+        ROOT / "configs" / "combine.schema.json": to_text(plan_schema()),
         ROOT / "recipes" / "preset.schema.json": to_text(preset_schema()),
     }
 

@@ -4,7 +4,7 @@ All functions are pure and work on dense updates delta_t = s_t B_t A_t of one we
 return one in fp32. Signs and sizes of single elements mean something in delta alone: in A or B they change with any rotation of the two.
 
 ``deltas`` is iterated once, for the methods that elect signs twice, and never held as a whole: an iterable that computes each update
-anew keeps memory at four tensors, however many updates there are. PEFT's functions (`peft.utils.merge_utils`) stack all updates three
+anew keeps memory at a few tensors, however many updates there are. PEFT's functions (`peft.utils.merge_utils`) stack all updates three
 times over, and three of them differ from the papers: they elect signs before they weigh, so that a negative weight counts for the wrong
 side; they take an election that ends at zero for a vote for plus; and they draw DARE's masks from the global generator. Where they follow
 the papers the tests compare with them.
@@ -52,7 +52,7 @@ def kept_of(count: int, density: float) -> int:
 def above(delta: Tensor, threshold: float) -> Tensor:
     """The elements of ``delta`` whose magnitude is at least ``threshold``; zero elsewhere."""
     values = delta.float()
-    return values.where(values.abs() >= threshold, 0.0)
+    return values.where((values >= threshold) | (values <= -threshold), 0.0)
 
 
 def threshold_of(deltas: Iterable[Tensor], density: float) -> float:
@@ -81,14 +81,17 @@ def ties(deltas: Iterable[Tensor], weights: Sequence[float], scale: float = 1.0)
     and zero where no sign wins. ``scale`` is lambda. The paper has no weights: all are one. An update that is zero agrees with nobody, so
     that one which is missing changes neither election nor mean.
     """
-    total = _total(_weighed(deltas, weights))
-    elected = total.sign_()
-    summed, count = torch.zeros_like(elected), torch.zeros_like(elected)
+    elected = _total(_weighed(deltas, weights)).sign_().to(torch.int8)
+    summed = torch.zeros(elected.shape, device=elected.device)
+    count = torch.zeros_like(summed, dtype=torch.int16)
     for delta in _weighed(deltas, weights):
-        agrees = (delta.sign() == elected) & (elected != 0)
-        summed += delta.mul_(agrees)
-        count += agrees
-    return summed.div_(count.clamp_(min=1.0)).mul_(scale)
+        for part, sign, into, agreeing in _pieces(delta, elected, summed, count):
+            agrees = (part.sign() == sign) & (sign != 0)
+            into += part * agrees
+            agreeing += agrees
+    for into, agreeing in _pieces(summed, count):
+        into.mul_(scale).div_(agreeing.clamp(min=1))
+    return summed
 
 
 def dare(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
@@ -99,7 +102,7 @@ def dare(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density lies in (0, 1], not {density}")
     kept = torch.rand(delta.shape, generator=generator).to(delta.device) < density
-    return delta.float() * kept / density
+    return (delta.float() * kept).div_(density)
 
 
 def draw_of(seed: int, place: int, name: str) -> torch.Generator:
@@ -133,11 +136,16 @@ def _total(deltas: Iterator[Tensor]) -> Tensor:
     return total
 
 
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same elements of each of ``tensors``, some at a time, so that what is computed of them is small; they are views."""
+    return zip(*(torch.split(tensor.contiguous().view(-1), _AT_ONCE) for tensor in tensors), strict=True)
+
+
 def _counts(deltas: Iterable[Tensor], bin_of: Callable[[Tensor], Tensor], bins: int) -> Tensor:
     """(bins,) int64: how many magnitudes of ``deltas`` fall into each bin."""
     counts = torch.zeros(bins, dtype=torch.int64)
     for delta in deltas:
-        for piece in torch.split(delta.float().flatten(), _AT_ONCE):
+        for (piece,) in _pieces(delta.float()):
             counts += torch.bincount(bin_of(piece.abs().view(torch.int32)).cpu(), minlength=bins)
     return counts
 

@@ -124,7 +124,7 @@ def combine(plan: Plan, destination: Path, *, force: bool = False, progress: Pro
     members = find_members(plan)
     sources = [directory for member in members.members for directory in (member.source.base_dir, member.source.adapter_dir)]
     require_destination(destination, sources, force=force)
-    read_model_config(members.first.base_dir)
+    _require_plain(members.first.base_dir)
     with ExitStack() as stack, sealed_directory(destination) as temporary:
         updates = Updates.open(members.members, stack)
         if isinstance(plan.output, AdapterOutput):
@@ -135,6 +135,15 @@ def combine(plan: Plan, destination: Path, *, force: bool = False, progress: Pro
         write_json(temporary / COMBINED, report.as_json())
         write_text(temporary / "README.md", _card(report))
     return report
+
+
+def _require_plain(base_dir: Path) -> None:
+    if read_model_config(base_dir).get("quantization_config"):
+        raise ConfigError(
+            "the base checkpoint is quantized already, and adapters of such a one are not combined",
+            where=str(base_dir),
+            fix="merge each of them with `finetune merge`, or train on the original model",
+        )
 
 
 def _probe(members: Members) -> Probe:

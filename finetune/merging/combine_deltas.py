@@ -211,8 +211,7 @@ class Combination:
 
     def weight(self, name: str, *, touched: bool) -> Tensor:
         """The combined weight, fp32 where it is a number."""
-        values = self.updates.base(name)
-        return values + self.update(name) if touched else values
+        return self.update(name).add_(self.updates.base(name)) if touched else self.updates.base(name)
 
 
 @dataclass(frozen=True, slots=True)
