@@ -124,20 +124,11 @@ def test_a6_runs_on_a_quantized_base_combine_on_what_they_were_trained_on(train_
 
 
 def test_a18_loftq_runs_combine_from_where_they_began(train_two: Run, tmp_path: Path) -> None:
-    """The start Q + s B0 A0 counts once, however many runs began there; with one adapter the result is its merge, on either base."""
+    """What the weights are is tested in tests/merging/test_combine.py; here, that a run brings its start along."""
     runs = train_two({"quantization": NF4, "tuning": LOFTQ}, {"quantization": NF4, "tuning": LOFTQ, "optimizer": {"learning_rate": 0.003}})
-    for base in ("dequantized", "original"):
-        merged = []
-        for run in runs:
-            api.merge(run, tmp_path / f"{base}-{run.name}", base=base, dtype="fp32")
-            merged.append(AutoModelForCausalLM.from_pretrained(tmp_path / f"{base}-{run.name}").state_dict())
-        common = {"base": {"weights": base}, "output": {"kind": "model", "dtype": "fp32"}}
-        api.combine(write_plan(tmp_path, runs[:1], method="average", **common), tmp_path / f"{base}-alone")
-        api.combine(write_plan(tmp_path, runs, method="average", **common), tmp_path / f"{base}-both")
-        alone, both = (AutoModelForCausalLM.from_pretrained(tmp_path / f"{base}-{kind}").state_dict() for kind in ("alone", "both"))
-        for name, value in merged[0].items():
-            torch.testing.assert_close(alone[name], value, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(both[name], (value + merged[1][name]) / 2, rtol=1e-5, atol=1e-6)
+    report = api.combine(write_plan(tmp_path, runs, method="average"), tmp_path / "both")
+    assert report.loss is not None
+    assert report.loss.combined < report.loss.base
     with pytest.raises(ConfigError, match="LoftQ adapters belong to the quantized base"):
         api.combine(write_plan(tmp_path, runs, method="average", output={"kind": "adapter", "rank": 8}), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -7,26 +7,29 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from finetune.config.combine import Plan, load_plan, weights_of
-from finetune.config.schema import NoQuantization
+from finetune.config.schema import FourBit, NoQuantization
 from finetune.errors import ConfigError, VerificationError
 from finetune.merging.combine_deltas import Combination, Updates
 from finetune.merging.combine_members import Member
 from finetune.merging.combine_reference import sampled_rows
 from finetune.merging.combine_write import require_low_rank, write_adapter, write_model
+from finetune.merging.fold import fold
 from finetune.merging.identity import require_rows
-from finetune.merging.inputs import MergeSource
-from tests.merging.conftest import randomize, write_llama
+from finetune.merging.inputs import Base, MergeSource
+from tests.merging.conftest import Case as Trained
+from tests.merging.conftest import build, randomize, write_llama
 
 ATTENTION = ["q_proj", "v_proj"]
 KINDS: dict[str, PeftConfig] = {
@@ -291,8 +294,6 @@ def test_damage_in_what_was_written_is_noticed_by_the_second_implementation(make
 
 
 def test_a_tensor_of_no_use_is_an_error(make_case: Make) -> None:
-    from safetensors.torch import save_file
-
     case = make_case("lora", "rslora")
     path = case.adapters[1] / "adapter_model.safetensors"
     save_file({**load_file(path), "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(9, 64)}, path)
@@ -364,3 +365,38 @@ def test_narrow_modules_are_filled_up(make_case: Make) -> None:
     live = PeftModel.from_pretrained(untied_model(case.base), destination).merge_and_unload().state_dict()
     for name, value in case.write(case.plan(method="average")).items():
         torch.testing.assert_close(live[name], value, rtol=1e-3, atol=2e-5)
+
+
+# --- where training began ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+@pytest.mark.parametrize("base", ["dequantized", "original"])
+def test_a18_an_average_is_the_mean_of_the_merges_whatever_training_began_at(
+    tmp_path: Path, base: Base, iterations: int, dora: bool
+) -> None:
+    """LoftQ's start counts once: summed as s B A it would count as often as there are adapters, and drop out at a weight of zero."""
+    made = [
+        build(Trained(quantization=FourBit(method="nf4"), loftq=iterations, lora={"use_dora": dora}), tmp_path / str(n)) for n in (0, 1)
+    ]
+    path = made[1].source.adapter_dir / "adapter_model.safetensors"
+    save_file({key: value * (1.3 if "lora_B" in key else 1.0) for key, value in load_file(path).items()}, path)
+    sources = [replace(one.source, base=base, base_dir=made[0].source.base_dir) for one in made]
+    merged = []
+    for number, source in enumerate(sources):
+        fold(source, tmp_path / f"merged{number}", torch.float32)
+        merged.append(load_file(tmp_path / f"merged{number}" / "model.safetensors"))
+    plan_file = tmp_path / "plan.yaml"
+    plan_file.write_text(json.dumps({"method": "average", "adapters": [{"path": str(source.adapter_dir)} for source in sources]}))
+    plan = load_plan(plan_file)
+    (tmp_path / "out").mkdir()
+    with ExitStack() as stack:
+        members = [Member("", 0.5, source, (), (), "", True) for source in sources]
+        combination = Combination.of(Updates.open(members, stack), plan, weights_of(plan))
+        write_model(combination, tmp_path / "out", torch.float32, sources[0].base_dir, lambda *_: None)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(written) == set(merged[0])
+    assert any(not torch.equal(merged[0][name], merged[1][name]) for name in written)
+    for name, value in written.items():
+        torch.testing.assert_close(value, (merged[0][name] + merged[1][name]) / 2, rtol=1e-5, atol=2e-6)
