@@ -27,7 +27,7 @@ def run_pair(*arguments: object, processes: int = 2) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launcher, str(HERE / "pair.py"), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=500, check=False
+        [*launcher, str(HERE / "pair.py"), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -138,12 +138,13 @@ def test_a_spread_model_computes_what_the_whole_one_does(two: Path) -> None:
 
 @pytest.mark.real
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_real_model_trains_alike(folder: Path, write: Callable[..., Path], train_here: Callable[..., Path]) -> None:
     """SmolLM2-135M with LoRA: ddp and fsdp on two processes follow the losses of one."""
     real = {
         "model": {"id": "builtin:smollm2-135m"},
         "optimizer": {"learning_rate": 0.001},
-        "train": TRAIN | {"max_steps": 4, "tokens_per_device": 128},
+        "train": TRAIN | {"max_steps": 3, "batch_size": 4, "tokens_per_device": 64},
     }
     reference = train_here(write("real-one", **real))
     configs = {name: str(write(name, **real, **strategy)) for name, strategy in (("real-ddp", DDP), ("real-fsdp", FSDP))}
