@@ -1,12 +1,12 @@
 """This project against its peers on the same work: `make bench`, or `python -m benchmarks.engine` where both environments are there.
 
-Without options: rounds of all tools, LoRA on all rows and NF4 on some, into docs/benchmarks/engine.json and engine.md. Finished runs are
-kept as they come; the same command goes on after an interruption, and repeats what failed or what was measured on other code. Exit code 1
-where a tool failed or a floor does not hold.
+Without options: every setting of the peers on some rows, to find the fastest of each, then rounds of all tools, LoRA on all rows and NF4
+on some, into docs/benchmarks/engine.json and engine.md. Finished runs are kept as they come; the same command goes on after an
+interruption, and repeats what failed or what was measured on other code. Exit code 1 where a tool failed or a floor does not hold.
 
 The same on fewer rows, kept beside the runs and not in docs/: `python -m benchmarks.engine --rows 24 --rounds 1`.
 One tool alone, to see what a change does (nothing is kept): `python -m benchmarks.engine --tool finetune --rows 100`.
-The settings of each tool that were tried: `python -m benchmarks.engine --candidates`.
+Only the settings: `python -m benchmarks.engine --candidates`, of one tool with `--tool`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def one(chosen: argparse.Namespace) -> int:
     """One tool on some of the rows; prints its figures."""
     work, tool = runs.prepare_work(chosen.rows or data.ROWS), TOOLS[chosen.tool]
     job = runs.job(work, tool, nf4=chosen.nf4, seed=chosen.seed, threads=chosen.threads)
-    settings = tool.candidates[chosen.setting] if chosen.setting else tool.nf4_settings if chosen.nf4 else tool.settings
+    settings = tool.candidates[chosen.setting] if chosen.setting else tool.settings
     row = runs.run(tool, job, work, settings)
     print(json.dumps(row, indent=1))
     return int("failed" in row)
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of every run; each tool's own choice without")
     parser.add_argument("--variant", choices=[variant.name for variant in rounds.VARIANTS], help="only this one")
-    parser.add_argument("--candidates", action="store_true", help="try every setting of every tool")
+    parser.add_argument("--candidates", action="store_true", help="only try the settings of the peers, or of --tool")
     parser.add_argument("--table", action="store_true", help="only write and print the page again")
     parser.add_argument("--tool", choices=TOOLS, help="one run of this tool; with --candidates: only its settings")
     parser.add_argument("--setting", help="one of the tool's candidates")
@@ -58,16 +58,16 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the tool that runs is ended too
     if chosen.table:
         return written(rounds.Results())
-    if chosen.candidates:
-        return written(rounds.candidates(chosen.threads, [TOOLS[chosen.tool]] if chosen.tool else [*TOOLS.values()], nf4=chosen.nf4))
-    if chosen.tool:
+    if chosen.tool and not chosen.candidates:
         return one(chosen)
     variants = [variant for variant in rounds.VARIANTS if chosen.variant in (None, variant.name)]
     results = rounds.Results()
     if chosen.rows:
         variants = [replace(variant, rows=min(variant.rows, chosen.rows)) for variant in variants]
         results = rounds.Results(runs.WORK / f"engine-{chosen.rows}.json")
-    return written(rounds.compare(results, chosen.rounds, chosen.threads, variants))
+    else:
+        rounds.candidates(results, [TOOLS[chosen.tool]] if chosen.tool else rounds.PEERS, chosen.threads)
+    return written(results if chosen.candidates else rounds.compare(results, chosen.rounds, chosen.threads, variants))
 
 
 if __name__ == "__main__":

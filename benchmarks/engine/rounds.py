@@ -18,7 +18,7 @@ from benchmarks.engine.tools import FINETUNE, ROOT, TOOLS, TRL, TRL_SFT, Tool
 RESULTS = ROOT / "docs" / "benchmarks" / "engine.json"
 MODEL = "SmolLM2-135M-Instruct"
 NF4_ROWS = 120
-CANDIDATE_ROWS = 64
+CANDIDATE_ROWS = 48
 _SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -40,6 +40,7 @@ class Variant:
     nf4: bool
 
 
+PEERS = [tool for tool in TOOLS.values() if tool is not FINETUNE]
 VARIANTS = (Variant("LoRA", data.ROWS, nf4=False), Variant("NF4", NF4_ROWS, nf4=True))
 
 
@@ -143,7 +144,7 @@ def compare(results: Results, count: int, threads: int | None, variants: Sequenc
     for number, variant, tool in _turns(count, variants):
         work = works[variant.name]
         of = {"machine": results.found["machine"], "data": _digest(work.files.train), "source": source(tool), "threads": threads}
-        of |= {"versions": found.get(tool.name, own), "settings": list(tool.nf4_settings if variant.nf4 else tool.settings)}
+        of |= {"versions": found.get(tool.name, own), "settings": list(tool.settings) if tool is FINETUNE else chosen(results, tool)}
         key = {"round": number, "variant": variant.name, "tool": tool.name, "of": of}
         if results.has("runs", key):
             continue
@@ -165,21 +166,28 @@ def _turns(count: int, variants: Sequence[Variant]) -> Iterator[tuple[int, Varia
                 yield number, variant, tool
 
 
-def candidates(threads: int | None, tools: Sequence[Tool], *, nf4: bool) -> Results:
-    """Every setting of ``tools`` on some rows, to find the best of each."""
-    results = Results()
+def candidates(results: Results, tools: Sequence[Tool], threads: int | None) -> Results:
+    """Every setting of ``tools`` on some rows, to find the best of each; what is in ``results`` already is not run again."""
     results.found |= {"machine": machine(), "model": model(), "versions": trl_versions() or versions(Path(sys.executable))}
     work = runs.prepare_work(CANDIDATE_ROWS)
+    of = {"machine": results.found["machine"], "data": _digest(work.files.train), "threads": threads}
     for tool in tools:
+        of["versions"] = trl_versions() if tool is TRL_SFT else versions(Path(sys.executable))
         for name, settings in tool.candidates.items():
-            key = {"tool": tool.name, "setting": name, "nf4": nf4, "of": {"data": _digest(work.files.train), "threads": threads}}
+            key = {"tool": tool.name, "setting": name, "of": dict(of)}
             if results.has("candidates", key):
                 continue
             _say(f"{tool.name}, {name} ...")
-            row = runs.run(tool, runs.job(work, tool, nf4=nf4, threads=threads), work, settings)
+            row = runs.run(tool, runs.job(work, tool, threads=threads), work, settings, score=False)
             results.add("candidates", key, row)
             _say(_line(row))
     return results
+
+
+def chosen(results: Results, tool: Tool) -> list[str]:
+    """The settings of the fastest candidate of ``tool`` in steady state; its own where none was tried."""
+    tried = [row for row in results.found["candidates"] if row["tool"] == tool.name and "failed" not in row]
+    return list(max(tried, key=lambda row: row["steady_tokens_per_s"])["settings"] if tried else tool.settings)
 
 
 def limit(work: runs.Work, threads: int | None) -> dict[str, Any]:
@@ -195,7 +203,7 @@ def _line(row: dict[str, Any]) -> str:
         return "  FAILED: " + "\n    ".join([row["failed"], *row.get("said", [])])
     return (
         f"  {row['tokens_per_s']:.0f} tokens/s whole, {row['steady_tokens_per_s']:.0f} steady; {row['wall_s']:.0f} s, "
-        f"{row['peak_mib']:.0f} MiB, validation loss {row['validation_loss']:.4f}, others' load {row['others_load']:.0%}"
+        f"{row['peak_mib']:.0f} MiB, last loss {row['last_loss']:.4f}, others' load {row['others_load']:.0%}"
     )
 
 

@@ -46,7 +46,7 @@ def prepare_work(rows: int, model: Path | None = None, scale: int = 1) -> Work:
     from transformers import AutoTokenizer
 
     base = model or smollm2()
-    files = data.write(WORK / "data", train=rows, scale=scale)
+    files = data.write(WORK / "data", train=rows, validation=min(rows, data.VALIDATION_ROWS), scale=scale)
     template = WORK / "data" / "template.jinja"
     template.write_text(data.TEMPLATE, encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)

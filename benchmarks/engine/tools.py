@@ -1,8 +1,8 @@
 """The tools that are compared: the command of each, its best settings, and how its log is read.
 
 All train the same adapter (LoRA on every linear layer) on the same rows with the same optimizer, rate, schedule and batch, for one epoch.
-What is left to each tool is how it computes; of the settings here, those of the peers are the fastest of the candidates that were tried
-(docs/benchmarks/engine.md names them), each at its own best precision.
+What is left to each tool is how it computes: this project runs as it does without a setting, a peer at the fastest of its candidates as
+measured on the machine of the benchmark (docs/benchmarks/engine.md lists them all).
 """
 
 from __future__ import annotations
@@ -83,10 +83,9 @@ class Tool:
     adapter: Callable[[Job], Path]
     """Directory of the finished adapter."""
     settings: tuple[str, ...] = ()
-    """The best found: options of the command, and variables of its environment (``NAME=value``)."""
-    nf4_settings: tuple[str, ...] = ()
+    """Options of the command, and variables of its environment (``NAME=value``), where no candidate was measured."""
     candidates: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """What `--candidates` compares; the settings above are the fastest of these."""
+    """Settings that are tried; a peer is compared at the fastest of them."""
     watched: Callable[[Job], Path | None] = lambda _: None
     """The file in which steps are seen, where it is not stdout."""
 
@@ -200,7 +199,7 @@ FINETUNE = Tool(
     _finetune_steps,
     adapter=lambda job: job.output / "adapter",
     watched=lambda job: job.output / "metrics.jsonl",
-    candidates={"auto": (), "fp32": ("-o", "train.precision=fp32")},
+    candidates={"auto": (), "fp32": ("-o", "train.precision=fp32"), "plain": ("-o", "train.kernels=plain")},
 )
 PLAIN = Tool(
     "transformers+PEFT",
@@ -208,7 +207,6 @@ PLAIN = Tool(
     _plain_steps,
     adapter=lambda job: job.output,
     settings=("--grouped",),
-    nf4_settings=("--grouped",),
     candidates={
         "bf16, 8 rows by length": ("--grouped",),
         "bf16, 2 x 4 rows by length": ("--grouped", "--micro", "4"),
@@ -225,7 +223,6 @@ TRL_SFT = Tool(
     _trl_steps,
     adapter=lambda job: job.output,
     settings=_trl_batch(8, *_BY_LENGTH),
-    nf4_settings=_trl_batch(8, *_BY_LENGTH),
     candidates={
         "bf16, 8 rows by length": _trl_batch(8, *_BY_LENGTH),
         "bf16, 2 x 4 rows by length": _trl_batch(4, *_BY_LENGTH),

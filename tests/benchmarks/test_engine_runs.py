@@ -123,3 +123,14 @@ def test_results_are_kept_continued_and_replaced(tmp_path: Path) -> None:
 def test_settings_are_variables_and_options() -> None:
     assert variables(("OMP_NUM_THREADS=2", "--dtype", "a=b")) == ({"OMP_NUM_THREADS": "2"}, ["--dtype", "a=b"])
     assert any(setting.startswith("OMP_NUM_THREADS=") for setting in TRL_SFT.settings)  # its launcher would take one thread
+
+
+def test_a_peer_runs_at_its_fastest_candidate(tmp_path: Path) -> None:
+    results = rounds.Results(tmp_path / "engine.json")
+    assert rounds.chosen(results, PLAIN) == list(PLAIN.settings)
+    for name, speed in (("a", 10.0), ("b", 30.0), ("c", 20.0)):
+        key = {"tool": PLAIN.name, "setting": name, "of": {}}
+        results.add("candidates", key, {"settings": [f"--{name}"], "steady_tokens_per_s": speed})
+    results.add("candidates", {"tool": PLAIN.name, "setting": "d", "of": {}}, {"settings": ["--d"], "failed": "no memory"})
+    results.add("candidates", {"tool": TRL_SFT.name, "setting": "e", "of": {}}, {"settings": ["--e"], "steady_tokens_per_s": 99.0})
+    assert rounds.chosen(results, PLAIN) == ["--b"]

@@ -82,6 +82,16 @@ def test_a_failed_tool_and_a_busy_machine_are_told() -> None:
     assert "Other processes used up to 50% of the cores" in page
 
 
+def test_settings_that_were_tried_are_listed_failures_too() -> None:
+    tried = [
+        _run("TRL", 0) | {"setting": "small", "rows": 48, "last_loss": 1.5},
+        {"tool": "TRL", "setting": "large", "failed": "no memory"},
+    ]
+    page = table.markdown(_results() | {"candidates": tried})
+    assert "| TRL | small | 48 | 100 | 100 | 100 | 1.5000 |" in page
+    assert "| TRL | large | failed: no memory | | | | |" in page
+
+
 def test_what_no_gpu_measured_is_called_so() -> None:
     assert "Not measured: `make bench-gpu` needs a GPU" in table.markdown(_results())
     seventy = {"tokens": 4096, "peak_allocated": 2**35, "peak_reserved": 2**36}
