@@ -7,10 +7,11 @@ share = (loss before training - loss merged) / (loss before training - loss of t
 12 steps of configs/quickstart.yaml, and the quickstart's own (trained where `runs/quickstart` is not there).
 
 **cost**: three ways to make a merged bf16 checkpoint of a bf16 base and a rank-16 adapter on all linear layers: the fold of
-`finetune merge` (without verification, whose cost is stated apart), PEFT's merge_and_unload with save_pretrained, and, as the least any tool could take, a
-copy of the base's files with fsync. Each is a process of its own; their order changes from repeat to repeat. Seconds are those of the work,
-without the start of the process; memory is sampled every 5 ms: VmHWM is the peak with the pages of mapped files, `own` the peak of RssAnon,
-the process's own pages. Models: the real SmolLM2-135M, and random Llamas of Llama-3.2's shapes with 1.24 and 3.21 billion parameters.
+`finetune merge` (without verification, whose cost is stated apart), PEFT's merge_and_unload with save_pretrained, and, as the least any
+tool could take, a copy of the base's files with fsync. Each is a process of its own; their order changes from repeat to repeat. Seconds are
+those of the work, without the start of the process; memory is sampled every 5 ms: `hwm` is VmHWM, the peak with the pages of mapped files,
+`own` the peak of RssAnon, the process's own pages, both in MiB. Three values are minimum, median, maximum. Models: the real SmolLM2-135M,
+and random Llamas of Llama-3.2's shapes with 1.24 and 3.21 billion parameters.
 """
 
 from __future__ import annotations

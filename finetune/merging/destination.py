@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,3 +35,25 @@ def require_destination(destination: Path, read: Iterable[Path], *, force: bool)
     if not any((destination / record).is_file() for record in (REPORT, COMBINED)):
         # --force replaces the whole directory: never one that something else wrote
         raise ConfigError("the destination holds something other than a merged model", where=where, fix="name a new directory")
+
+
+def clear_leftovers(destination: Path) -> None:
+    """Remove what killed processes left half-written beside ``destination``, and give its name back where one had taken it away."""
+    for path in destination.parent.glob(f".{destination.name}.*"):
+        found = re.fullmatch(rf"\.{re.escape(destination.name)}\.(\d+)\.(tmp|old)", path.name)
+        if found is None or _is_running(int(found[1])):
+            continue
+        if found[2] == "old" and not destination.exists():
+            path.rename(destination)
+        else:
+            shutil.rmtree(path)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

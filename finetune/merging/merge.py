@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.errors import Problem, VerificationError
 from finetune.merging.bases import BaseFigures, compare_bases, why_base
-from finetune.merging.destination import REPORT, require_destination
+from finetune.merging.destination import REPORT, clear_leftovers, require_destination
 from finetune.merging.fold import FoldReport
 from finetune.merging.inputs import MergeSource
 from finetune.merging.reference import Reference, probe_of, reference_of
@@ -105,6 +105,7 @@ def merge_measured(reference: Reference, source: MergeSource, destination: Path,
     must be, HardwareError where the disk is full; the destination is then as it was.
     """
     destination = destination.absolute()
+    clear_leftovers(destination)
     require_destination(destination, (source.base_dir, source.adapter_dir), force=options.force)
     with sealed_directory(destination) as temporary:
         report = _first_accepted(temporary, source, reference, options, destination)
