@@ -23,8 +23,8 @@ from finetune.merging.reload import Probe, measure
 def main(arguments: Sequence[str]) -> int:
     """Entry point of the process; prints what is wrong with the adapter and returns 6 where tensors are missing, left over or changed."""
     adapter, probe, result, device, base, dtype, quantization = arguments
-    model = _loaded(base, Path(adapter), device, getattr(torch, dtype), json.loads(quantization))
-    wrong = _unlike_the_file(model, Path(adapter))
+    model = loaded(base, Path(adapter), device, getattr(torch, dtype), json.loads(quantization))
+    wrong = unlike_the_file(model, Path(adapter))
     if wrong:
         sys.stderr.write(f"{wrong[0]} and {len(wrong) - 1} more tensors are not loaded as they are in the file\n")
         return 6
@@ -33,7 +33,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _loaded(base: str, adapter: Path, device: str, dtype: torch.dtype, quantization: dict[str, Any] | None) -> Any:
+def loaded(base: str, adapter: Path, device: str, dtype: torch.dtype, quantization: dict[str, Any] | None) -> Any:
+    """The ``adapter`` on its ``base``, loaded as a user would."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -53,7 +54,8 @@ def _loaded(base: str, adapter: Path, device: str, dtype: torch.dtype, quantizat
     return PeftModel.from_pretrained(model, adapter, local_files_only=True)
 
 
-def _unlike_the_file(model: Any, adapter: Path) -> list[str]:
+def unlike_the_file(model: Any, adapter: Path) -> list[str]:
+    """Names of the tensors that the file of ``adapter`` and ``model`` do not share."""
     from peft import get_peft_model_state_dict
 
     live = get_peft_model_state_dict(model, save_embedding_layers=False)

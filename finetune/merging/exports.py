@@ -29,7 +29,7 @@ from finetune.merging.plain_adapter import needed_rank, write_plain
 from finetune.merging.reference import Reference, probe_of, reference_of
 from finetune.merging.reload import Example
 from finetune.merging.trials import DTYPES, GAIN_TO_KEEP, DtypeChoice
-from finetune.merging.verify import Parity, compare, kl_limit, measure_in_fresh_process, measured_by
+from finetune.merging.verify import Parity, compare, kl_limit, measured_by
 from finetune.model.quantize import bnb_config
 from finetune.runs import sealed_directory, write_json, write_text
 
@@ -178,7 +178,9 @@ def _quantized(source: MergeSource, reference: Reference, temporary: Path, quant
         if path.name != "config.json" and not path.name.endswith((".safetensors", ".index.json")):
             path.rename(directory / path.name)
     shutil.rmtree(merged)
-    parity = compare(reference.trained, measure_in_fresh_process(directory, reference.probe, reference.device), reference.loss_base)
+    # loaded whatever its size: a 4-bit model is a quarter of the one that was trained, and is not read weight by weight
+    measured = measured_by("finetune.merging.reload", directory, (), reference.probe, reference.device)
+    parity = compare(reference.trained, measured, reference.loss_base)
     found = parity.violations(float("inf"))
     reason = "; ".join(problem.what for problem in found) or _cost(parity)
     details: dict[str, object] = {"merged_onto": source.base, "modules": len(modules), "quantization": _settings(quantization, dtype)}
@@ -208,7 +210,7 @@ def _adapter(source: MergeSource, reference: Reference, temporary: Path, options
     if start is None:
         if options.rank is not None:
             raise ConfigError("this adapter is converted exactly, at its own rank", where="--rank", fix="leave it out")
-        yield _plain(source, reference, temporary, options, 1, dtype)
+        yield _plain(source, reference, temporary, options, 0, dtype)
         return
     ranks = [options.rank] if options.rank else [rank for rank in (start << step for step in range(10)) if rank <= LARGEST_RANK]
     for rank in ranks:
@@ -221,7 +223,9 @@ def _adapter(source: MergeSource, reference: Reference, temporary: Path, options
 def _plain(
     source: MergeSource, reference: Reference, temporary: Path, options: ExportOptions, rank: int, dtype: torch.dtype
 ) -> ExportTrial:
-    directory = temporary / _FORMS / f"rank {rank}"
+    """Write and measure the adapter: converted exactly, or where ``rank`` is not 0, approximated."""
+    name = f"rank {rank}" if rank else "converted"
+    directory = temporary / _FORMS / name
     directory.mkdir(parents=True)
     written = write_plain(source, directory, rank, dtype)
     copy_tokenizer(source.base_dir, source.adapter_dir, directory)
@@ -238,7 +242,6 @@ def _plain(
         "error": written.error,
         "base": {"dtype": base_dtype, "quantization": quantization},
     }
-    name = f"rank {rank}"
     shown = f"rank {written.rank}" + (f", largest relative error of a module {written.error:.2g}" if written.error else ", exact")
     return ExportTrial(name, refusal is None, f"{shown}: {refusal or _cost(parity)}", parity, written.size, details)
 

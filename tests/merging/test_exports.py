@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.config.schema import FourBit
 from finetune.errors import ConfigError, VerificationError
-from finetune.merging import exports, nf4
+from finetune.merging import adapter_reload, exports, nf4
 from finetune.merging.exports import ExportOptions, export
 from finetune.merging.fold import fold
 from finetune.merging.nf4 import quantize_directory
@@ -198,26 +198,21 @@ def test_a6_an_update_on_the_grid_is_rounded_away_and_one_beside_it_is_not() -> 
 # --- the whole export --------------------------------------------------------------------------------------------------------------------
 
 
-def in_process(directory: Path, probe: Probe, device: str = "cpu") -> Measurement:
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    disable_cpu_repacking(model)
-    return measure(model.eval(), probe, device)
-
-
-def peft_in_process(_module: str, directory: Path, settings: tuple[str, ...], probe: Probe, device: str) -> Measurement:
-    from finetune.merging.adapter_reload import _loaded, _unlike_the_file
-
-    base, dtype, quantization = settings
-    model = _loaded(base, directory, device, getattr(torch, dtype), json.loads(quantization))
-    assert not _unlike_the_file(model, directory)
+def in_process(module: str, directory: Path, settings: tuple[str, ...], probe: Probe, device: str) -> Measurement:
+    if module == "finetune.merging.reload":
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        disable_cpu_repacking(model)
+    else:
+        base, dtype, quantization = settings
+        model = adapter_reload.loaded(base, directory, device, getattr(torch, dtype), json.loads(quantization))
+        assert not adapter_reload.unlike_the_file(model, directory)
     return measure(model.eval(), probe, device)
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a process for each measurement: `tests/e2e/test_exports.py` has them."""
-    monkeypatch.setattr(exports, "measure_in_fresh_process", in_process)
-    monkeypatch.setattr(exports, "measured_by", peft_in_process)
+    monkeypatch.setattr(exports, "measured_by", in_process)
 
 
 @pytest.mark.usefixtures("quick")
