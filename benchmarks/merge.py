@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 MODELS = ("smollm2-135m", *SHAPES)
 WAYS = ("fold", "peft", "copy")
 _PEFT_NEEDS = 1.6
-"""Memory of merge_and_unload by the bytes of the model: below that it is left out."""
+"""Free memory by the bytes of the model, besides a gigabyte, below which merge_and_unload is left out: it takes 1.1 and others live here."""
 _SHARD_BYTES = 1 << 30
 
 
@@ -180,16 +180,16 @@ def one(way: str, base: Path, adapter: Path, destination: Path) -> dict[str, flo
 # --- parts ---------------------------------------------------------------------------------------------------------------------------
 
 
-def cost(model: str, repeats: int, folder: Path) -> dict[str, Any]:
-    """All ways of one ``model``, ``repeats`` times, interleaved."""
+def cost(model: str, repeats: int, folder: Path, chosen: list[str]) -> dict[str, Any]:
+    """The ``chosen`` ways of one ``model``, ``repeats`` times, interleaved."""
     from finetune.model.builtin import resolve_model
 
     base = resolve_model("builtin:smollm2-135m") if model not in SHAPES else write_base(folder / "base", model)
     adapter = write_adapter(folder / "adapter", base)
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    ways, left_out = list(WAYS), {}
+    ways, left_out = list(chosen), {way: "not measured: left out by --way" for way in WAYS if way not in chosen}
     free = _available()
-    if free < _PEFT_NEEDS * size + (1 << 30):
+    if "peft" in ways and free < _PEFT_NEEDS * size + (1 << 30):
         ways.remove("peft")
         left_out["peft"] = f"not measured: {free / 2**30:.1f} GiB of memory free, and it takes about {_PEFT_NEEDS * size / 2**30:.1f}"
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
@@ -204,7 +204,8 @@ def cost(model: str, repeats: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"bytes": size, "repeats": repeats, "load": os.getloadavg()[0], **left_out}
     for way in ways:
         found[way] = {key: [min(values), statistics.median(values), max(values)] for key, values in _columns(runs[way]).items()}
-    found["fold_over_copy"] = round(found["fold"]["seconds"][1] / found["copy"]["seconds"][1], 2)
+    if "fold" in ways and "copy" in ways:
+        found["fold_over_copy"] = round(found["fold"]["seconds"][1] / found["copy"]["seconds"][1], 2)
     shutil.rmtree(folder)
     return found
 
@@ -266,6 +267,7 @@ def main() -> None:
     """Measure the chosen parts and write them beside those that were measured before."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=["12-steps", "quickstart", *MODELS], help="default: all")
+    parser.add_argument("--way", action="append", choices=WAYS, help="default: all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one", nargs=4, metavar=("WAY", "BASE", "ADAPTER", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -276,7 +278,7 @@ def main() -> None:
     for part in arguments.part or ["12-steps", "quickstart", *MODELS]:
         with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=os.environ.get("BENCH_DIR")) as folder:
             if part in MODELS:
-                found = cost(part, arguments.repeats, Path(folder, "work"))
+                found = cost(part, arguments.repeats, Path(folder, "work"), arguments.way or list(WAYS))
             else:
                 run = train("quickstart") if part == "quickstart" else train("bench-12-steps", "train.max_steps=12")
                 found = kept(run, Path(folder)) | {"verification": verification(run, Path(folder))}
