@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 MODELS = ("smollm2-135m", *SHAPES)
 WAYS = ("fold", "peft", "copy")
 _PEFT_NEEDS = 1.6
-"""Free memory by the bytes of the model, besides a gigabyte, below which merge_and_unload is left out: it takes 1.1 and others live here."""
+"""Free memory by the bytes of the model, besides a gigabyte, below which merge_and_unload is left out: it takes 1.1 itself."""
 _SHARD_BYTES = 1 << 30
 
 
