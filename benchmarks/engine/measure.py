@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import psutil
 
-INTERVAL_S = 0.05
+INTERVAL_S, LISTING_S = 0.05, 0.5
 
 
 class Line(NamedTuple):
@@ -106,7 +106,8 @@ class _Watch:
         """Bytes, highest so far."""
         self.lines: list[Line] = []
         self._process, self._began, self._file, self._read = process, began, file, 0
-        self._used = 0.0
+        self._used, self._listed = 0.0, -LISTING_S
+        self._tree: list[psutil.Process] = []
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -114,7 +115,7 @@ class _Watch:
     def _run(self) -> None:
         while not self._done.wait(INTERVAL_S):
             with suppress(psutil.NoSuchProcess):  # one of them has just ended
-                self.peak = max(self.peak, sum(member.memory_info().rss for member in _tree(self._process)))
+                self.peak = max(self.peak, sum(member.memory_info().rss for member in self._members()))
             self._look()
 
     def _look(self) -> None:
@@ -130,22 +131,20 @@ class _Watch:
     def line(self, text: str) -> Line:
         """``text`` with the time at which it is seen."""
         with suppress(psutil.NoSuchProcess):
-            self._used = max(self._used, _used(self._process))
+            times = [member.cpu_times() for member in self._members()]
+            used = sum(each.user + each.system + each.children_user + each.children_system for each in times)
+            self._used = max(self._used, used)
         return Line(time.perf_counter() - self._began, self._used, text)
+
+    def _members(self) -> list[psutil.Process]:
+        """The process and its children, listed anew every `LISTING_S`: looking through all processes takes a while, and is measured too."""
+        if time.perf_counter() - self._listed > LISTING_S:
+            root = psutil.Process(self._process)
+            self._tree, self._listed = [root, *root.children(recursive=True)], time.perf_counter()
+        return [member for member in self._tree if member.is_running()]
 
     def stop(self) -> None:
         """A last look at the file."""
         self._done.set()
         self._thread.join()
         self._look()
-
-
-def _used(process: int) -> float:
-    """Processor seconds of a process, its children and those that ended before."""
-    times = [member.cpu_times() for member in _tree(process)]
-    return sum(used.user + used.system for used in times) + sum(used.children_user + used.children_system for used in times)
-
-
-def _tree(process: int) -> list[psutil.Process]:
-    root = psutil.Process(process)
-    return [root, *root.children(recursive=True)]
