@@ -58,9 +58,8 @@ def rounded_rows(rows: Tensor, places: Tensor, dtype: torch.dtype, name: str, ro
     if rounding == "nearest" or dtype not in _CUT_BITS:
         return rows.to(dtype)
     width, key = rows[0].numel(), _key(seed, name)
-    return torch.stack(
-        [_part(row.reshape(-1), dtype, rounding, key, place * width) for row, place in zip(rows, places.tolist(), strict=True)]
-    )
+    parts = [_part(row.reshape(-1), dtype, rounding, key, place * width) for row, place in zip(rows, places.tolist(), strict=True)]
+    return torch.stack(parts).view(rows.shape).to(dtype)
 
 
 def _key(seed: int, name: str) -> int:
@@ -75,31 +74,48 @@ def _part(values: Tensor, dtype: torch.dtype, rounding: Rounding, key: int, star
 
 
 def _stochastic(values: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
-    """``values`` (n,) fp32 rounded up in magnitude with the probability of the part that is cut off; ``noise`` (n,) int32 is uniform."""
+    """``values`` (n,) fp32 rounded up in magnitude with the probability of the part that is cut off; ``noise`` (n,) int32 is used up."""
+    if not _is_finite(values):
+        return values  # which is refused once it is written; adding to the bits of a NaN could make a number of it
     cut = (1 << _CUT_BITS[dtype]) - 1
+    noise &= cut
+    chance = noise.float() / (cut + 1) if dtype == torch.float16 else None
     # the bits of a float grow with its magnitude, and a carry out of the mantissa moves to the next power of two
-    found = ((values.view(torch.int32) + (noise & cut)) & ~cut).view(torch.float32)
-    if dtype == torch.float16:
-        chance = (noise & cut).float() / (cut + 1)
-        small = torch.floor(values.abs() / _STEP_BELOW + chance).mul_(_STEP_BELOW).copysign_(values)
-        found = torch.where(values.abs() < _SMALLEST_NORMAL_FP16, small, found)
-    return torch.where(values.isfinite(), found, values).to(dtype)
+    noise += values.view(torch.int32)
+    noise &= ~cut
+    found = noise.view(torch.float32)
+    if chance is None:
+        return found
+    small = torch.floor(values.abs() / _STEP_BELOW + chance).mul_(_STEP_BELOW).copysign_(values)
+    return torch.where(values.abs() < _SMALLEST_NORMAL_FP16, small, found)
 
 
 def _noise(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """(count,) int32, uniform over 31 bits: the finalizer of MurmurHash3 (public domain) over key and place, in wrapping arithmetic."""
-    found = torch.arange(start, start + count, dtype=torch.int64, device=device)
-    found = (found ^ (found >> 32) * 0x9E3779B1 ^ key) & 0xFFFFFFFF
-    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13), (1, 16)):
-        found ^= found >> shift
-        found = (found * factor) & 0xFFFFFFFF
-    return (found >> 1).to(torch.int32)
+    """(count,) int32, uniform over all bits: the finalizer of MurmurHash3 (public domain) over key and place, in wrapping arithmetic."""
+    found = torch.arange(start, start + count, dtype=torch.int64, device=device).to(torch.int32)
+    found ^= _signed(key)
+    for factor, shift in ((_signed(0x85EBCA6B), 16), (_signed(0xC2B2AE35), 13), (1, 16)):
+        # the shift of a signed number drags its sign along
+        found ^= (found >> shift).bitwise_and_((1 << (32 - shift)) - 1)
+        found *= factor
+    return found
+
+
+def _signed(bits: int) -> int:
+    """The int32 with these 32 ``bits``."""
+    return bits - (1 << 32) if bits >= 1 << 31 else bits
+
+
+def _is_finite(values: Tensor) -> bool:
+    if not values.numel():
+        return True
+    low, high = values.aminmax()  # NaN is the least and the greatest of whatever holds one
+    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def _require_finite(exact: Tensor, cast: Tensor, name: str) -> None:
-    low, high = cast.aminmax()  # NaN is the least and the greatest of whatever holds one
-    if torch.isfinite(low) and torch.isfinite(high):
+    if _is_finite(cast):
         return
-    if not bool(exact.isfinite().all()):
+    if not _is_finite(exact):
         raise VerificationError(f"{name} holds NaN or infinity", where="the merged weights", fix="check the base model's files")
     raise DoesNotFitError(f"{name} has values that do not fit {cast.dtype}", where="the merged weights", fix="merge with --dtype bf16")
