@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: bench bench-gpu bench-combine bench-startup bench-loftq help quickstart test test-fast check fix docs clean bench-data
+.PHONY: torture bench bench-gpu bench-combine bench-startup bench-loftq help quickstart test test-fast check fix docs clean bench-data
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -92,6 +92,9 @@ bench-gpu: $(VENV)/.quickstart ## the same on an NVIDIA GPU: an 8B model, and th
 
 bench-data: $(VENV)/.quickstart ## rows a second and memory of data preparation, into docs/benchmarks/data.json
 	$(BIN)/python benchmarks/data.py
+
+torture: $(VENV)/.dev ## kill a run at each of some 200 points and resume it, into docs/benchmarks/torture.json
+	$(BIN)/python tests/torture/harness.py docs/benchmarks/torture.json
 
 fix: $(VENV)/.dev ## format, and mend what can be mended
 	$(BIN)/ruff check --fix .

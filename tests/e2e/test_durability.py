@@ -107,7 +107,17 @@ def require_equal(run: Path, straight: Path) -> None:
 def test_d1_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     """The short form of `make torture`: calls of a checkpoint's write, calls of the main thread, random times."""
     out = tmp_path / "torture.json"
-    command = [sys.executable, str(ROOT / "tests" / "torture" / "harness.py"), str(out), "--calls", "3", "--random", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "torture" / "harness.py"),
+        str(out),
+        "--calls",
+        "3",
+        "--main-calls",
+        "3",
+        "--random",
+        "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
@@ -184,7 +194,8 @@ def test_b2_a_signal_while_libraries_load_and_a_second_one_while_it_trains(tmp_p
     assert (process.returncode, "Traceback" in err) == (143, False), err
     assert not (tmp_path / "run").exists()
     process = start(config)
-    wait_for((tmp_path / "run" / "metrics.jsonl").exists, process)
+    figures = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: figures.exists() and figures.stat().st_size > 0, process)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)

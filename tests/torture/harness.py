@@ -1,6 +1,6 @@
 """Kill a run with SIGKILL at every file-system call of a checkpoint and at random times, resume it, compare it with one that lived.
 
-    python tests/torture/harness.py OUT.json [--random 60] [--calls all|8] [--seed 0]
+    python tests/torture/harness.py OUT.json [--calls all|8] [--main-calls all|8] [--random 60] [--seed 0]
 
 The libraries are imported once; each run is a fork of this process that does what `finetune train` does. A run is killed before its k-th
 call, k from 1 on: calls are those that Python's audit hooks see (open, rename, mkdir, remove, rmdir), fsync, the exchange of two names,
@@ -169,7 +169,6 @@ class Torture:
         self.folder = folder
         os.environ["FINETUNE_CACHE"] = str(folder / "cache")
         self.reference = folder / "reference"
-        begun = time.monotonic()
         self._make_inputs()
         if code := wait(fork(["train", str(self._config("reference"))], folder / "reference.err")):
             raise SystemExit(f"the reference run failed with {code}: {(folder / 'reference.err').read_text()[-2000:]}")
@@ -306,8 +305,9 @@ def one_save(calls: list[str]) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--random", type=int, default=60)
-    parser.add_argument("--calls", default="all")
+    parser.add_argument("--random", type=int, default=60, help="runs killed at random times")
+    parser.add_argument("--calls", default="all", help="how many calls of one checkpoint's write, `all` of them by default")
+    parser.add_argument("--main-calls", default="all", help="the same of the main thread's calls in a whole run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     from finetune.hardware import prepare_process
@@ -324,34 +324,40 @@ def main() -> None:
     try:
         torture = Torture(folder)
         counted = {}
-        for thread in ("checkpoint thread", "main thread"):
+        for thread, most in (("checkpoint thread", options.calls), ("main thread", options.main_calls)):
             calls = torture.calls(thread)
             counted[thread] = len(calls)
             first, last = one_save(calls) if thread == "checkpoint thread" else (0, len(calls))
-            for k, call in chosen(calls[first:last], options.calls):
+            counted[f"{thread}, those killed before"] = last - first
+            for k, call in chosen(calls[first:last], most):
                 points.append(torture.killed_at_call(len(points), thread, first + k, call))
                 progress(points)
+            write_record(options, torture, points, counted)
         for number in range(options.random):
             points.append(torture.killed_at_random(number, draw))
             progress(points)
+            write_record(options, torture, points, counted)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    failed = [point for point in points if point.wrong]
+    sys.exit(1 if any(point.wrong for point in points) else 0)
+
+
+def write_record(options: argparse.Namespace, torture: Torture, points: list[Point], counted: dict[str, int]) -> None:
+    """What was found so far."""
     record = {
         "points": len(points),
         "kills": sum(point.killed for point in points),
         "resumptions": sum(point.resumed for point in points),
-        "failed": [asdict(point) for point in failed],
-        "by kind": {kind: sum(point.kind == kind for point in points) for kind in sorted({point.kind for point in points})},
+        "failed": [asdict(point) for point in points if point.wrong],
+        "points by kind": {kind: sum(point.kind == kind for point in points) for kind in sorted({point.kind for point in points})},
         "calls in a run": counted,
         "seed": options.seed,
         "seconds of a run": round(torture.seconds, 2),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "command": "make torture",
+        "command": " ".join(["python", "tests/torture/harness.py", *sys.argv[1:]]),
         "all": [f"{point.kind}, {point.at}: killed {point.killed}x, resumed {point.resumed}x" for point in points],
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(1 if failed else 0)
 
 
 def progress(points: list[Point]) -> None:
