@@ -81,6 +81,10 @@ def crowd_size() -> tuple[int, int]:
     return world, min(world, int(os.environ.get("LOCAL_WORLD_SIZE", str(world))))
 
 
+STARTED_HERE = "FINETUNE_WORKERS"
+"""Variable that tells a worker that `finetune train` itself started it, and how many there are."""
+
+
 def adopt_srun() -> None:
     """Translate what ``srun`` tells a task into what torch reads, where no other launcher has. One task a device.
 

@@ -26,6 +26,10 @@ def is_mine_to_tell(error: FinetuneError) -> bool:
     """
     if isinstance(error, RunInterruptedError):
         return is_first()
+    if isinstance(error, WorkerLostError) and error.told_to_stop:
+        from finetune.hardware import STARTED_HERE
+
+        return STARTED_HERE not in os.environ  # ended by our launcher, which has somebody else's reason
     if _another_says_it(error):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
@@ -34,6 +38,4 @@ def is_mine_to_tell(error: FinetuneError) -> bool:
 
 
 def _another_says_it(error: FinetuneError) -> bool:
-    if isinstance(error, WorkerLostError):
-        return not error.told_to_stop
-    return not (is_first() or isinstance(error, HardwareError))
+    return isinstance(error, WorkerLostError) or not (is_first() or isinstance(error, HardwareError))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -15,9 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from finetune.errors import ConfigError, HardwareError, WorkerLostError
-
-STARTED_HERE = "FINETUNE_WORKERS"
-"""Variable that tells a worker that this module started it, and how many there are."""
+from finetune.hardware import STARTED_HERE
 
 _STEP_SECONDS = 3600
 """How long a worker may take to finish its step and save once it was asked to stop: a step of a 70B model is long."""
@@ -33,8 +32,8 @@ def launch(arguments: Sequence[str], devices: int | None) -> int | None:
     """Run ``finetune ARGUMENTS`` once a device and wait; returns the exit code of the worker that failed first, or 0.
 
     Returns None where this process should do the work itself: it was launched already (torchrun, accelerate launch, srun), or one device
-    is wanted. ``devices`` None means all GPUs. Raises HardwareError where more GPUs are asked for than there are, ConfigError where
-    another launcher has started another number of processes.
+    is wanted. ``devices`` None means all GPUs. Raises HardwareError where more GPUs are asked for than there are, or a worker was killed,
+    ConfigError where another launcher has started another number of processes.
     """
     if "LOCAL_RANK" in os.environ:
         _require_agreement(devices)
@@ -77,7 +76,7 @@ def _run(arguments: Sequence[str], count: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "finetune", *arguments)
     except ChildFailedError as error:
-        return _first_failure(error.failures)
+        return _verdict(*_first_failure(error.failures))
     except SignalException as error:
         return 128 + int(error.sigval)
     finally:
@@ -85,9 +84,19 @@ def _run(arguments: Sequence[str], count: int) -> int:
     return 0
 
 
-def _first_failure(failures: Mapping[int, Any]) -> int:
-    """Exit code of the worker that failed by itself: the others only lost it, or were ended because of it."""
-    codes: list[int] = [failure.exitcode for failure in sorted(failures.values(), key=lambda failure: failure.timestamp)]
-    ended = [code for code in codes if code > 0]
-    first = next((code for code in ended if code != WorkerLostError.exit_code), (ended or codes)[0])
-    return first if first > 0 else 128 - first
+def _first_failure(failures: Mapping[int, Any]) -> tuple[int, int]:
+    """(worker, exit code or negative signal) of the one that failed by itself: the others only lost it, or were ended because of it."""
+    codes: list[tuple[int, int]] = [(rank, one.exitcode) for rank, one in sorted(failures.items(), key=lambda item: item[1].timestamp)]
+    followers = (WorkerLostError.exit_code, -signal.SIGTERM)
+    return next((found for found in codes if found[1] not in followers), min(codes, key=lambda found: found[1] < 0))
+
+
+def _verdict(worker: int, code: int) -> int:
+    """The exit code of a worker that has said what was wrong; HardwareError for one that could not."""
+    if code > 0:
+        return code
+    raise HardwareError(
+        f"worker {worker} was ended from outside by {signal.Signals(-code).name}",
+        where="finetune train",
+        fix="SIGKILL mostly means that the machine's memory ran out: fewer --devices, or train.tokens_per_device; then --resume",
+    )

@@ -15,9 +15,9 @@ import pytest
 
 from finetune.cli import workers
 from finetune.errors import ConfigError, DataError, DivergedError, FinetuneError, HardwareError, RunInterruptedError, WorkerLostError
-from finetune.hardware import adopt_srun, crowd_size
+from finetune.hardware import STARTED_HERE, adopt_srun, crowd_size
 from finetune.training.distributed import explained, idle_rounds, idle_scores, require_own_launch, require_shared
-from finetune.training.launch import STARTED_HERE, _first_failure, launch
+from finetune.training.launch import _first_failure, _verdict, launch
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", STARTED_HERE)
 
@@ -112,12 +112,19 @@ class Failure:
         ({0: (-15, 10), 1: (5, 10)}, 5),  # ended because of the other, in the same second
         ({0: (4, 9), 1: (5, 10)}, 5),  # lost it, and was noticed first
         ({0: (4, 10), 1: (-15, 10)}, 4),  # memory, its own
-        ({0: (-9, 10), 1: (-15, 11)}, 137),  # killed
+        ({0: (4, 10), 1: (-9, 10)}, -9),  # killed, and missed by the other
+        ({0: (-15, 10), 1: (-15, 11)}, -15),
         ({0: (3, 10), 1: (2, 9)}, 2),
     ],
 )
 def test_the_worker_that_failed_by_itself_decides(failures: dict[int, tuple[int, int]], code: int) -> None:
-    assert _first_failure({rank: Failure(*failure) for rank, failure in failures.items()}) == code
+    assert _first_failure({rank: Failure(*failure) for rank, failure in failures.items()})[1] == code
+
+
+def test_a_worker_that_was_killed_is_spoken_for() -> None:
+    assert _verdict(1, 5) == 5
+    with pytest.raises(HardwareError, match="worker 1 was ended from outside by SIGKILL"):
+        _verdict(1, -signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +148,17 @@ def test_one_worker_speaks_for_all(monkeypatch: pytest.MonkeyPatch, error: Finet
     monkeypatch.setenv("RANK", rank)
     assert workers.is_mine_to_tell(error) == tells
     assert len(waited) == waits
+
+
+@pytest.mark.parametrize("started_here", [True, False])
+def test_a_worker_that_is_being_ended_leaves_the_reason_to_its_own_launcher(monkeypatch: pytest.MonkeyPatch, started_here: bool) -> None:
+    """torchrun and srun say no more than that something ended."""
+    error = WorkerLostError("x")
+    error.told_to_stop = True
+    monkeypatch.setattr(workers.time, "sleep", lambda _: pytest.fail("there is nothing to wait for"))
+    if started_here:
+        monkeypatch.setenv(STARTED_HERE, "2")
+    assert workers.is_mine_to_tell(error) != started_here
 
 
 def test_accelerates_own_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,23 +216,30 @@ if os.environ.get("RANK") == "1":
     from finetune.training import loop
 
     def fit(*_):
-        raise HardwareError("the second worker has no memory left", where="here", fix="buy some")
+        {}
 
     loop.fit = fit
 """
+FAILS = 'raise HardwareError("the second worker has no memory left", where="here", fix="buy some")'
+DIES = "os.kill(os.getpid(), 9)"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [(FAILS, "the second worker has no memory left"), (DIES, "worker 1 was ended from outside by SIGKILL")],
+    ids=["fails", "dies"],
+)
 def test_the_failure_of_one_worker_ends_all_with_its_message(
-    finetune: Callable[..., Any], write_config: Callable[..., Path], tmp_path: Path
+    finetune: Callable[..., Any], write_config: Callable[..., Path], tmp_path: Path, what: str, said: str
 ):
-    """The first worker sits in a sum over devices when the second fails; it says nothing, and nobody waits for it."""
-    (tmp_path / "sitecustomize.py").write_text(BREAKS)
+    """The first worker sits in a sum over devices when the second ends; it says nothing, and nobody waits for it."""
+    (tmp_path / "sitecustomize.py").write_text(BREAKS.format(what))
     paths = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     done = finetune("train", write_config(), "--devices", "2", PYTHONPATH=paths)
     assert done.code == 4
     assert done.err.count("error:") == 1, done.err
-    assert "the second worker has no memory left" in done.err
+    assert said in done.err
     assert "Traceback" not in done.err
     assert done.out == ""
 
