@@ -54,12 +54,11 @@ def _validation_loss(session: Session, stop: StopRequest) -> float | None:
         total, count = scorer.total_loss(rows[rank::world], give_up)
     except _GivenUpError:
         total, count = math.nan, -1
-    given_up = session.any_device(count < 0)
-    if given_up:
-        return None
-    if session.spread:
+    if session.spread:  # before devices add anything up: those that have more to score wait for a block, not for a sum
         for _ in range(idle_scores(rows.lengths.tolist(), scorer.max_tokens, rank, world, packed=scorer.packed)):
             scorer.total_loss(rows[:1])
+    if session.any_device(count < 0):
+        return None
     if world > 1:
         sums = session.accelerator.reduce(torch.tensor([total, count], dtype=torch.float64, device=session.scorer.device), "sum")
         total, count = sums.tolist()
