@@ -24,7 +24,7 @@ _TOLERANCE = 1e-5
 
 
 def install(model: torch.nn.Module) -> int:
-    """Give the function to every MLP of ``model`` that a probe finds to be this one, after `fast_lora.install`; returns how many have it."""
+    """Give the function to every MLP of ``model`` that a probe finds to be this one; returns how many have it. After fast_lora."""
     found = [module for module in model.modules() if _is_gated(module) and _is_this(module)]
     for module in found:
         module.forward = _forward_of(module, module.forward)

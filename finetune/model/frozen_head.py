@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from finetune.model.packing import compiles
+
 ROWS = 128
 """Positions whose logits exist at a time: 66 MB in fp32 for a vocabulary of 128,256."""
+
+_STEP = 32
 
 
 def fits(head: torch.nn.Module) -> bool:
@@ -34,23 +38,30 @@ def frozen_head_losses(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -
     return losses
 
 
+def _product(rows: Tensor, weight: Tensor, few: bool) -> Tensor:
+    """rows (n, a) by weight (a, b); with ``few`` as one of few shapes, for which kernels were compiled (`packing.compiles`)."""
+    missing = -len(rows) % _STEP if few else 0
+    return (functional.pad(rows, (0, 0, 0, missing)) @ weight)[: len(rows)] if missing else rows @ weight
+
+
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         weight = weight.to(dtype)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        few = compiles(weight)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
         for start in range(0, len(hidden), ROWS):
             piece = slice(start, start + ROWS)
-            logits = functional.linear(hidden[piece].to(dtype), weight).float()
+            logits = _product(hidden[piece].to(dtype), weight.T, few).float()
             total = torch.logsumexp(logits, dim=1)
             at = targets[piece, None]
             losses[piece] = total - logits.gather(1, at).squeeze(1)
             if gradient is not None:
                 logits.sub_(total[:, None]).exp_()
                 logits.scatter_add_(1, at, -torch.ones_like(at, dtype=torch.float32))
-                gradient[piece] = logits.to(dtype) @ weight
+                gradient[piece] = _product(logits.to(dtype), weight, few)
         ctx.save_for_backward(*([gradient] if gradient is not None else []))
         return losses
 

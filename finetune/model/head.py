@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from finetune.model.frozen_head import fits, frozen_head_losses
-from finetune.model.packing import is_packed, packed_inputs
+from finetune.model.packing import compiles, is_packed, packed_inputs
 from finetune.model.virtual import forward_inputs, virtual_tokens
 
 CHUNK = 256
@@ -163,11 +163,12 @@ def target_losses(model: Any, ids: torch.Tensor, attention: torch.Tensor, superv
         (n,) fp32 nats, n = number of supervised tokens.
     """
     core = causal_model(model)
-    device = core.get_input_embeddings().weight.device
+    weight = core.get_input_embeddings().weight
+    device = weight.device
     wanted = supervised[:, 1:]
     targets = _to(ids[:, 1:][wanted], device)
     if is_packed(core) and not virtual_tokens(model):
-        inputs = {name: _to(value, device) for name, value in packed_inputs(ids, attention).items()}
+        inputs = {name: _to(value, device) for name, value in packed_inputs(ids, attention, few_shapes=compiles(weight)).items()}
         chosen = functional.pad(wanted, (0, 1))[attention.bool()][None]
     else:
         inputs, before = forward_inputs(model, _to(ids, device), _to(attention, device))

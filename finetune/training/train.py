@@ -65,6 +65,7 @@ from finetune.training.metrics import (
     ignore,
 )
 from finetune.training.optimizer import build_optimizer
+from finetune.training.probe import probe_gpu
 from finetune.training.records import Parts, Start, begin, require_room, run_id
 from finetune.training.resume import identity, same_settings
 from finetune.training.session import Session
@@ -139,6 +140,7 @@ def _train(run: RunDirectory, config: Config, observer: Observer, stop: StopRequ
         now = _identity(config, inputs, built)
         # Process groups exist only from here on: slow preparation on one rank cannot time out another (pitfall B4).
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        inputs = _probed(config, inputs, built, accelerator)
         parts = _equip(config, inputs, built, accelerator)
         if accelerator.is_main_process:
             require_room(run, config, parts)
@@ -211,6 +213,20 @@ def _identity(config: Config, inputs: Inputs, built: Built) -> dict[str, Any]:
     base = fingerprint(inputs.base) if is_first() else ""
     prints = {"data": inputs.data.fingerprint, "base": base, "chat template": inputs.renderer.template_hash}
     return identity(config, prints, trainable(built.model))
+
+
+def _probed(config: Config, inputs: Inputs, built: Built, accelerator: Any) -> Inputs:
+    """``inputs`` with the micro-batch that a GPU holds, where it was left open; the same on every device, so that all cut alike.
+
+    Blocks that are spread over devices would have to run in step, and stay with the usual size.
+    """
+    if config.train.tokens_per_device != "auto" or accelerator.device.type != "cuda" or inputs.resolved.strategy.value == "fsdp":
+        return inputs
+    scorer = Scorer(built.model, accelerator.device, inputs.resolved.precision.value)
+    choice = probe_gpu(scorer, inputs.data.train)
+    least = int(accelerator.gather(torch.tensor([choice.value], device=accelerator.device)).min())
+    choice = replace(choice, value=least)
+    return replace(inputs, resolved=replace(inputs.resolved, tokens_per_device=choice))
 
 
 def _equip(config: Config, inputs: Inputs, built: Built, accelerator: Any) -> Parts:

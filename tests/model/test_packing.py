@@ -19,7 +19,7 @@ from finetune.model.attention import NAME
 from finetune.model.fast_lora import install
 from finetune.model.head import target_losses
 from finetune.model.load import load_base
-from finetune.model.packing import enable_packing, is_packed
+from finetune.model.packing import compiles, enable_packing, filled, is_packed, packed_inputs
 
 LENGTHS = (70, 3, 130, 64, 1, 65)
 SMALL = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6, "vocab_size": 97}
@@ -78,6 +78,31 @@ def test_a14_a_packed_row_gives_the_losses_and_gradients_of_padded_examples(chec
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     require_equal(step(model), expected)
+
+
+def test_rows_that_belong_to_no_example_change_nothing():
+    model = adapted(llama()).train()
+    core = model.get_base_model()
+    assert enable_packing(core)
+    rows = batch()
+    found = []
+    for few in (False, True):
+        model.zero_grad()
+        inputs = packed_inputs(rows.ids, rows.attention, few_shapes=few)
+        hidden = core.model(**inputs, use_cache=False).last_hidden_state[0, : sum(LENGTHS)]
+        hidden.square().sum().backward()
+        found.append((hidden.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    assert inputs["input_ids"].shape[1] == 384 > sum(LENGTHS)
+    require_equal(found[1], found[0])
+
+
+def test_half_precision_on_a_cpu_knows_few_lengths():
+    assert {filled(rows) for rows in range(1, 1025)} == {*range(16, 257, 16), *range(320, 1025, 64)}
+    weight = torch.zeros(2)
+    assert compiles(weight.bfloat16())
+    assert not compiles(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiles(weight)
 
 
 def test_a14_another_neighbour_changes_nothing():
