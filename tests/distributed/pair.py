@@ -6,6 +6,7 @@ Then `same_arithmetic` of `spread.py` where a model directory is given.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ def stop_at(step: int):
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(600, exit=True)  # processes that wait for each other say where
     for name, path in json.loads(Path(sys.argv[1]).read_text()).items():
         config = api.load_config(Path(path)).config
         if name != "stopped":

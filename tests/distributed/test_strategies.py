@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from finetune import api
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
 HERE = Path(__file__).parent
 TRAIN = {"epochs": 2, "batch_size": 8, "precision": "fp32", "tokens_per_device": 64, "checkpoint": {"every_steps": 2}}
 NF4 = {"quantization": {"method": "nf4"}}
@@ -88,7 +90,6 @@ def two(write: Callable[..., Path], folder: Path, tiny_model_dir: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reference", "tolerance"),
     [("ddp", "plain", 1e-5), ("fsdp", "plain", 1e-4), ("nf4-ddp", "nf4", 1e-5), ("nf4-fsdp", "nf4", 1e-4)],
@@ -98,7 +99,6 @@ def test_a10_a17_two_processes_train_as_one(two: Path, one: dict[str, Path], nam
     assert_same(two / name, one[reference], tolerance)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_goes_on_with_one_and_merges(
     two: Path, one: dict[str, Path], train_here: Callable[..., Path], folder: Path
 ) -> None:
@@ -114,14 +114,12 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one_and_merges(
     assert (folder / "merged" / "model.safetensors").is_file()
 
 
-@pytest.mark.slow
 def test_b9_adapters_are_saved_whole(two: Path, one: dict[str, Path]) -> None:
     wanted, got = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one["plain"], two / "fsdp"))
     assert {key: tensor.shape for key, tensor in got.items()} == {key: tensor.shape for key, tensor in wanted.items()}
     assert all(tensor.any() for tensor in got.values())
 
 
-@pytest.mark.slow
 def test_a_spread_model_computes_what_the_whole_one_does(two: Path) -> None:
     """Every method: the same losses and gradients, and about half of the blocks on each process."""
     for rank in (0, 1):
@@ -137,8 +135,6 @@ def test_a_spread_model_computes_what_the_whole_one_does(two: Path) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_the_real_model_trains_alike(folder: Path, write: Callable[..., Path], train_here: Callable[..., Path]) -> None:
     """SmolLM2-135M with LoRA: ddp and fsdp on two processes follow the losses of one."""
     real = {
@@ -155,7 +151,6 @@ def test_the_real_model_trains_alike(folder: Path, write: Callable[..., Path], t
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
 @pytest.mark.parametrize("offload", [False, True])
 def test_nf4_spread_over_gpus(folder: Path, write: Callable[..., Path], train_here: Callable[..., Path], offload: bool) -> None:
     import torch
