@@ -32,7 +32,7 @@ NAME = "finetune_packed"
 
 _TILE = 64
 """Rows of queries that are attended together."""
-_KEEP = 512
+_KEEP = 256
 """Examples up to this length keep their probabilities for the backward pass; those of longer ones are computed again."""
 
 
