@@ -19,7 +19,7 @@ import torch
 from finetune.config.schema import FourBit, NoQuantization
 from finetune.errors import ConfigError, Problem, VerificationError
 from finetune.merging.companions import copy_tokenizer
-from finetune.merging.destination import REPORT, require_destination
+from finetune.merging.destination import REPORT, clear_leftovers, require_destination
 from finetune.merging.fold import fold
 from finetune.merging.identity import require_rows
 from finetune.merging.inputs import Base, MergeSource
@@ -113,6 +113,7 @@ def export_measured(reference: Reference, source: MergeSource, destination: Path
     """
     destination = destination.absolute()
     require_destination(destination, (source.base_dir, source.adapter_dir), force=options.force)
+    clear_leftovers(destination)
     write = _nf4 if options.kind == "nf4" else _adapter
     with sealed_directory(destination) as temporary:
         trials = tuple(write(source, reference, temporary, options))
