@@ -136,7 +136,7 @@ def test_a18_loftq_runs_combine_from_where_they_began(train_two: Run, tmp_path: 
 
 def test_runs_that_began_at_different_weights_are_added_on_the_original_ones_alone(train_two: Run, tmp_path: Path) -> None:
     runs = train_two({"quantization": NF4}, {})
-    with pytest.raises(ConfigError, match="nf4 weights in fp32") as caught:
+    with pytest.raises(ConfigError, match="nf4 weights in float32") as caught:
         api.combine(write_plan(tmp_path, runs, method="average"), tmp_path / "out")
     assert "weights: original" in caught.value.problems[0].fix
     assert not (tmp_path / "out").exists()
