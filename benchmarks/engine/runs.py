@@ -119,7 +119,14 @@ def validation_loss(work: Work, adapter: Path | None, *, nf4: bool) -> float:
     """By score.py, in a process of its own."""
     command: list[str | Path] = [sys.executable, "-m", "benchmarks.engine.score", "--model", work.model, "--template", work.template]
     command += ["--data", work.files.validation, *(["--adapter", adapter] if adapter else []), *(["--nf4"] if nf4 else [])]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     return float(json.loads(done.stdout.splitlines()[-1])["loss"])
 
 
