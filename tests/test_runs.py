@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from finetune import runs
 from finetune.errors import ConfigError, HardwareError, VerificationError
-from finetune.runs import MANIFEST, RunDirectory, create_run, locked, sealed_directory, verify, write_json
+from finetune.runs import MANIFEST, RunDirectory, create_run, locked, sealed_directory, sweep, verify, write_json
 
 
 def checkpoint(run: RunDirectory, step: int) -> Path:
@@ -121,15 +122,26 @@ print("done", calls)
         finished = done.returncode == 0
         assert finished or done.returncode == -signal.SIGKILL, done.stderr
         directory = folder / "kept"
-        if directory.exists():
-            verify(directory)
-            kept.add((directory / "weights").read_bytes())
-        else:  # the instant between two renames: the old one lies beside, whole
-            (old,) = folder.glob(".kept.*.old")
-            verify(old)
+        verify(directory)  # at no instant is there nothing under the name
+        kept.add((directory / "weights").read_bytes())
         point += 1
     assert kept == {b"old", b"new"}
     assert point > 8
+
+
+def test_b1_where_names_cannot_be_exchanged_a_kill_between_two_renames_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(tmp_path)
+    directory = checkpoint(run, 1)
+    monkeypatch.setattr(runs, "_exchange", lambda *_: False)
+    with sealed_directory(directory) as temporary:
+        (temporary / "weights").write_bytes(b"new")
+    verify(directory)
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+    directory.rename(directory.with_name(f".{directory.name}.77.old"))  # as a kill leaves it
+    (directory.parent / ".step-00000002.77.tmp").mkdir()
+    sweep(run)
+    verify(directory)
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 
 
 def test_b11_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
