@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from finetune.config.load import Loaded
     from finetune.config.schema import Config
     from finetune.evaluation.results import Results
+    from finetune.inventory import Inventory
     from finetune.merging.combine import CombineReport
     from finetune.merging.exports import ExportReport
     from finetune.merging.merge import MergeReport
-    from finetune.inventory import Inventory
     from finetune.runs import RunDirectory
     from finetune.training.metrics import Observer
     from finetune.training.train import Inputs
@@ -28,8 +28,8 @@ __all__ = [
     "analyze",
     "combine",
     "evaluate",
-    "inventory",
     "export",
+    "inventory",
     "launch",
     "load_config",
     "merge",
@@ -152,9 +152,7 @@ def export(
     return export_run(found, config, destination, base=base, options=ExportOptions(kind, **settings))
 
 
-def combine(
-    plan: Path, destination: Path, *, force: bool = False, progress: Callable[[str, int], None] = lambda *_: None
-) -> CombineReport:
+def combine(plan: Path, destination: Path, *, force: bool = False, progress: Callable[[str, int], None] = lambda *_: None) -> CombineReport:
     """Several adapters of one base as one model or one adapter, as the YAML file ``plan`` says, proven against the exact sum."""
     from finetune.config.combine import load_plan
 
