@@ -226,7 +226,8 @@ def stored_results(run: Path) -> Results | None:
 
 def places(run: Path) -> dict[str, Path]:
     """Where the parts of a run lie, those that exist."""
-    from finetune.runs import open_run, read_json
+    from finetune.runs import open_run
+    from finetune.sealed import read_json
 
     found = open_run(run)
     merge_record = found.path / "merge.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from finetune.errors import HardwareError, VerificationError
-from finetune.runs import sealed_directory, verify
+from finetune.sealed import sealed_directory, verify
 
 _LOCK_TIMEOUT_S = 6 * 3600.0
 

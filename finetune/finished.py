@@ -23,8 +23,9 @@ from finetune.model.loftq import restore_base
 from finetune.model.start import before_training
 from finetune.model.tokens import enlarge, token_ids
 from finetune.planning.resolve import Resolved, resolve
-from finetune.runs import RunDirectory, read_json, sha256_of
+from finetune.runs import RunDirectory
 from finetune.scoring import Scorer
+from finetune.sealed import read_json, sha256_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune import runs
+from finetune import sealed
 from finetune.errors import ConfigError, HardwareError, VerificationError
-from finetune.runs import MANIFEST, RunDirectory, create_run, locked, sealed_directory, sweep, verify, write_json
+from finetune.runs import RunDirectory, create_run, locked, sweep
+from finetune.sealed import MANIFEST, sealed_directory, verify, write_json
 
 
 def checkpoint(run: RunDirectory, step: int) -> Path:
@@ -75,7 +76,7 @@ def test_b7_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from finetune.runs import sealed_directory, verify
+from finetune.sealed import sealed_directory, verify
 target = Path(sys.argv[1]) / "kept"
 with sealed_directory(target) as directory:
     (directory / "weights").write_bytes(b"old")
@@ -99,9 +100,9 @@ def test_b1_a_kill_while_writing_leaves_the_old_directory(tmp_path: Path) -> Non
     code = """
 import os, signal, sys
 from pathlib import Path
-import finetune.runs as runs
+import finetune.sealed as sealed
 target, point = Path(sys.argv[1]) / "kept", int(sys.argv[2])
-with runs.sealed_directory(target) as directory:
+with sealed.sealed_directory(target) as directory:
     (directory / "weights").write_bytes(b"old")
 calls = 0
 def maybe_die(*_):
@@ -110,7 +111,7 @@ def maybe_die(*_):
     if calls == point:
         os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(lambda event, args: maybe_die() if event in ("open", "os.rename", "os.mkdir", "shutil.rmtree", "os.remove") else None)
-with runs.sealed_directory(target) as directory:
+with sealed.sealed_directory(target) as directory:
     (directory / "weights").write_bytes(b"new")
 print("done", calls)
 """
@@ -132,7 +133,7 @@ print("done", calls)
 def test_b1_where_names_cannot_be_exchanged_a_kill_between_two_renames_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path)
     directory = checkpoint(run, 1)
-    monkeypatch.setattr(runs, "_exchange", lambda *_: False)
+    monkeypatch.setattr(sealed, "_exchange", lambda *_: False)
     with sealed_directory(directory) as temporary:
         (temporary / "weights").write_bytes(b"new")
     verify(directory)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import ConfigError
-from finetune.runs import write_text
+from finetune.sealed import write_text
 
 _WIDTH, _HEIGHT, _COLUMNS, _MARGIN = 320, 200, 3, 16
 _LEFT, _TOP, _BOTTOM = 60, 30, 30

@@ -22,7 +22,8 @@ from finetune.model.low_rank import truncated_svd
 from finetune.model.quantize import quantized_modules, roundtrip
 from finetune.model.weights import Weights
 from finetune.planning.resolve import resolve
-from finetune.runs import RunDirectory, read_json
+from finetune.runs import RunDirectory
+from finetune.sealed import read_json
 
 KEPT_OF_WHOLE = 64
 """Singular values that are computed of the update of a whole weight (full tuning)."""

@@ -16,7 +16,7 @@ from finetune.config.data import Data, FileSource, HubSource, Icd10cm, Source, V
 from finetune.data.files import data_files
 from finetune.data.render import Renderer
 from finetune.errors import DataError, Problem
-from finetune.runs import sha256_of
+from finetune.sealed import sha256_of
 
 _LIBRARIES = ("datasets", "ftfy", "jinja2", "numpy", "pyarrow", "rensa", "tokenizers", "transformers")
 _WITHOUT_EFFECT = {"processes"}

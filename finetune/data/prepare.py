@@ -26,7 +26,7 @@ from finetune.data.render import Renderer
 from finetune.data.report import BINS, DataReport, SideReport, SourceReport
 from finetune.data.rows import Index, Tally, Worker
 from finetune.errors import DataError
-from finetune.runs import read_json, write_json
+from finetune.sealed import read_json, write_json
 
 _ROWS, _INDEX, _REPORT = "rows.arrow", "index.safetensors", "report.json"
 

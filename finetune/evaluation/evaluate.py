@@ -16,7 +16,8 @@ from finetune.evaluation import forgetting, knowledge
 from finetune.evaluation.results import LOFTQ_BASE, RESULTS, Figure, Measurement, Results, Sample, side_by_side
 from finetune.evaluation.systems import System, base_and_tuned, directory_system
 from finetune.finished import FinishedRun, load_run
-from finetune.runs import RunDirectory, write_json
+from finetune.runs import RunDirectory
+from finetune.sealed import write_json
 
 Progress = Callable[[str, str, int], None]
 """(task, system, items done since the last call)"""

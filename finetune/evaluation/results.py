@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune.errors import VerificationError
-from finetune.runs import RunDirectory, read_json
+from finetune.runs import RunDirectory
+from finetune.sealed import read_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from finetune.config.schema import NoQuantization
 from finetune.errors import ConfigError
 from finetune.finished import FinishedRun
 from finetune.model.load import DTYPES, load_base
-from finetune.runs import read_json
 from finetune.scoring import Scorer
+from finetune.sealed import read_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ from finetune.merging.trials import DTYPES, GAIN_TO_KEEP, Candidate, Trial, cand
 from finetune.merging.verify import Parity, compare, kl_limit, measure_in_fresh_process, measured_by
 from finetune.model.builtin import public_name
 from finetune.model.quantize import bnb_config
-from finetune.runs import sealed_directory, write_json, write_text
+from finetune.sealed import sealed_directory, write_json, write_text
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,8 @@ from finetune.model.load import load_tokenizer, storage_dtype
 from finetune.model.tokens import token_ids
 from finetune.model.weights import Weights
 from finetune.planning.resolve import resolve
-from finetune.runs import RunDirectory, open_run, read_json, sha256_of
+from finetune.runs import RunDirectory, open_run
+from finetune.sealed import read_json, sha256_of
 
 _ROWS = 256
 """Validation rows that a combination is verified on, in all."""

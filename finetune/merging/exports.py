@@ -31,7 +31,7 @@ from finetune.merging.reload import Example
 from finetune.merging.trials import DTYPES, GAIN_TO_KEEP, DtypeChoice
 from finetune.merging.verify import Parity, compare, kl_limit, measured_by
 from finetune.model.quantize import bnb_config
-from finetune.runs import sealed_directory, write_json, write_text
+from finetune.sealed import sealed_directory, write_json, write_text
 
 Kind = Literal["nf4", "adapter"]
 LARGEST_RANK = 512

@@ -22,7 +22,7 @@ from finetune.merging.reload import Example
 from finetune.merging.rounding import Rounding
 from finetune.merging.trials import Candidate, Dtype, DtypeChoice, Trial, attempt, candidates
 from finetune.merging.verify import Parity
-from finetune.runs import sealed_directory, write_json, write_text
+from finetune.sealed import sealed_directory, write_json, write_text
 
 _CANDIDATE = ".candidate"
 

@@ -22,7 +22,8 @@ from finetune.merging.reference import Reference, probe_of, reference_of
 from finetune.merging.reload import Probe
 from finetune.model.load import DTYPES
 from finetune.model.tokens import token_ids
-from finetune.runs import RunDirectory, write_json
+from finetune.runs import RunDirectory
+from finetune.sealed import write_json
 
 _ROWS = 256
 """Rows that a merge is verified on: enough for a loss to three digits, few enough for a laptop."""

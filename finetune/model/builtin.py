@@ -15,7 +15,7 @@ from pathlib import Path
 from finetune.cache import cache_directory, cached
 from finetune.errors import ConfigError
 from finetune.model.smollm2 import CONVERSION_VERSION, convert
-from finetune.runs import sha256_of
+from finetune.sealed import sha256_of
 
 BUILTIN = "builtin:smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -25,7 +25,7 @@ from finetune.model.builtin import fingerprint
 from finetune.model.correction import Corrections, CorrectionWriter, ModuleCorrection, Shape
 from finetune.model.lora import ADAPTER
 from finetune.model.quantize import dequantized, is_quantized
-from finetune.runs import read_json, write_json
+from finetune.sealed import read_json, write_json
 
 _VERSION = 1
 """Raise it when the same weights, ranks and scales would give other factors."""

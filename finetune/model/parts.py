@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from finetune.config.schema import Bitfit, Houlsby
 from finetune.errors import VerificationError
 from finetune.model.weights import Weights
-from finetune.runs import write_json
+from finetune.sealed import write_json
 
 FORMAT = "finetune-adapter-1"
 CONFIG = "adapter_config.json"

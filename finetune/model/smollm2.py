@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.runs import write_json, write_text
+from finetune.sealed import write_json, write_text
 
 CONVERSION_VERSION = 1
 """Part of the cache key: raise it when the bytes that `convert` writes change."""

@@ -31,7 +31,7 @@ from finetune.errors import ConfigError, VerificationError
 from finetune.model.builtin import fingerprint
 from finetune.model.targets import linear_modules
 from finetune.model.weights import Weights
-from finetune.runs import read_json, write_json
+from finetune.sealed import read_json, write_json
 
 VERSION = 1
 """Raise it whenever `measure` changes: it is a part of the cache's key."""

@@ -12,7 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, select_autoescape
 
-from finetune.runs import RunDirectory, read_json, write_text
+from finetune.runs import RunDirectory
+from finetune.sealed import read_json, write_text
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 220, 64, 28
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import DivergedError, VerificationError
 from finetune.model import adalora
 from finetune.model.adapters import contents, is_adapter, read_into, trainable
-from finetune.runs import RunDirectory, read_json, remove_directory, sealed_directory, verify, write_json
+from finetune.runs import RunDirectory
+from finetune.sealed import read_json, remove_directory, sealed_directory, verify, write_json
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"

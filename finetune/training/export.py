@@ -18,7 +18,8 @@ from finetune.model.correction import FILE as LOFTQ_FILE
 from finetune.model.correction import MOVED
 from finetune.model.pissa import save_plain
 from finetune.model.quantize import bnb_config
-from finetune.runs import RunDirectory, read_json, sealed_directory, verify, write_json, write_text
+from finetune.runs import RunDirectory
+from finetune.sealed import read_json, sealed_directory, verify, write_json, write_text
 from finetune.training.checkpoints import Progress, load_weights
 
 _FIGURES = "training.json"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.planning.steps import Steps
-from finetune.runs import RunDirectory, write_text, writing
+from finetune.runs import RunDirectory
+from finetune.sealed import write_text, writing
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from finetune.config.schema import AdaLora, Config
 from finetune.errors import ConfigError, Problem
 from finetune.planning.steps import Steps
-from finetune.runs import RunDirectory, read_json
+from finetune.runs import RunDirectory
+from finetune.sealed import read_json
 from finetune.training.checkpoints import Progress
 from finetune.training.optimizer import rate_factor
 

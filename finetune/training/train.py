@@ -28,15 +28,9 @@ from finetune.model.tokens import token_ids
 from finetune.planning.resolve import Resolved, resolve
 from finetune.planning.steps import Steps, count_steps
 from finetune.planning.strategy import Crowd, read_weights
-from finetune.runs import (
-    RunDirectory,
-    locked,
-    open_run,
-    read_json,
-    require_free,
-    sweep,
-)
+from finetune.runs import RunDirectory, locked, open_run, require_free, sweep
 from finetune.scoring import Scorer
+from finetune.sealed import read_json
 from finetune.training.build import Built, Materials, build_model
 from finetune.training.checkpoints import (
     Progress,

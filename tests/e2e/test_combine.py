@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune import api
 from finetune.errors import ConfigError, VerificationError
-from finetune.runs import verify
+from finetune.sealed import verify
 
 Run = Callable[..., Any]
 Write = Callable[..., Path]

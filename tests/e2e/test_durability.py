@@ -22,8 +22,8 @@ import torch
 from finetune import api
 from finetune.errors import ConfigError, DivergedError, FinetuneError, HardwareError, RunInterruptedError, VerificationError
 from finetune.model import computed_start
-from finetune.runs import read_json, verify
 from finetune.scoring import Scorer
+from finetune.sealed import read_json, verify
 from finetune.training import build, train
 from finetune.training import export as exporting
 from finetune.training.metrics import AlreadyFinished, CheckpointDamaged, Event, Started

@@ -15,7 +15,7 @@ import pytest
 
 from finetune import api
 from finetune.errors import ConfigError, FinetuneError, RunInterruptedError
-from finetune.runs import verify
+from finetune.sealed import verify
 from finetune.training.metrics import Event, StepDone
 
 Run = Callable[..., Any]

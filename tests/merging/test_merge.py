@@ -21,7 +21,7 @@ from finetune.merging.identity import require_rows
 from finetune.merging.merge import MergeOptions, merge
 from finetune.merging.reload import Probe, measure
 from finetune.model.adapters import load
-from finetune.runs import verify
+from finetune.sealed import verify
 
 NF4 = FourBit(method="nf4")
 FP32 = MergeOptions(dtype="fp32")

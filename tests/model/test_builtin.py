@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import ConfigError
 from finetune.model import builtin, smollm2
 from finetune.model.builtin import BUILTIN, fingerprint, resolve_model
-from finetune.runs import sha256_of
+from finetune.sealed import sha256_of
 
 # --- directories ---------------------------------------------------------------------------------------------------------------------
 

@@ -82,11 +82,11 @@ class Eyes:
         self._killer, self._run, self._busy = killer, str(run), threading.local()
 
     def install(self) -> None:
-        from finetune import runs
+        from finetune import sealed
         from finetune.training import checkpoints
 
         os.fsync = self._watched(os.fsync)
-        runs._exchange = self._watched(runs._exchange)
+        sealed._exchange = self._watched(sealed._exchange)
         checkpoints.save_file = self._torn(checkpoints.save_file)
         sys.addaudithook(self._audit)
 
@@ -271,7 +271,7 @@ class Torture:
 
     def _result(self, run: Path) -> dict[str, Any]:
         """What must be equal: the adapter, bit by bit, the rows of metrics.jsonl but for their times, and which files there are."""
-        from finetune.runs import verify
+        from finetune.sealed import verify
 
         for manifest in run.rglob("MANIFEST.json"):
             verify(manifest.parent)

@@ -25,8 +25,9 @@ from finetune.model.adalora import plan_ranks
 from finetune.model.adapters import trainable
 from finetune.planning.resolve import resolve
 from finetune.planning.steps import count_steps
-from finetune.runs import RunDirectory, verify
+from finetune.runs import RunDirectory
 from finetune.scoring import Scorer
+from finetune.sealed import verify
 from finetune.training.build import Materials, build_model
 from finetune.training.checkpoints import (
     Progress,

@@ -31,8 +31,8 @@ from finetune.model.fast import accelerate
 from finetune.model.head import causal_model, head_kind, target_losses
 from finetune.model.load import load_base
 from finetune.planning.steps import count_steps
-from finetune.runs import verify
 from finetune.scoring import Scorer
+from finetune.sealed import verify
 from finetune.training.batching import global_batch
 from finetune.training.checkpoints import Progress
 from finetune.training.groups import assign_groups
