@@ -50,7 +50,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
         Literal["nearest", "stochastic"],
         typer.Option("--rounding", help="How values between two of the type's are written. stochastic: by chance, right on average."),
     ] = "nearest",
-    seed: Annotated[int, typer.Option("--seed", help="Seed of stochastic rounding.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of stochastic rounding. Default: 0.")] = None,
     compare_dtypes: Annotated[
         bool, typer.Option("--compare-dtypes", help="Write and measure every type and rounding, not only up to the one that is kept.")
     ] = False,
@@ -65,7 +65,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
     from finetune.cli import view
 
     if to != "safetensors":
-        merging_only = {"--rounding": rounding != "nearest", "--seed": seed, "--compare-bases": compare_bases}
+        merging_only = {"--rounding": rounding != "nearest", "--seed": seed is not None, "--compare-bases": compare_bases}
         kind = export_command.meant(
             to, run, output, merging_only | {"--compare-dtypes": compare_dtypes, "--rank": rank if to != "adapter" else None}
         )
@@ -75,6 +75,8 @@ def merge(  # noqa: PLR0913 - one parameter an option
         return
     if rank is not None:
         raise ConfigError("--rank has no meaning with --to safetensors", where="--rank", fix="leave it out")
+    if seed is not None and rounding == "nearest" and not compare_dtypes:
+        raise ConfigError("--seed has no meaning where nothing is drawn", where="--seed", fix="leave it out, or add --rounding stochastic")
     with view.counting("merging") as advance:
         done = api.merge(
             run,
@@ -82,7 +84,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
             base=base,
             dtype=dtype,
             rounding=rounding,
-            seed=seed,
+            seed=seed or 0,
             compare_dtypes=compare_dtypes,
             compare_bases=compare_bases,
             force=force,

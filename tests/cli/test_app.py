@@ -52,6 +52,16 @@ def test_a_directory_that_is_no_run_is_named(finetune: Run, tmp_path: Path) -> N
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize(
+    "option", [["--seed", "1"], ["--rank", "8"], ["--to", "nf4", "--seed", "0"], ["--to", "adapter", "--rounding", "stochastic"]]
+)
+def test_an_option_of_merge_that_would_be_ignored_is_refused(finetune: Run, tmp_path: Path, option: list[str]) -> None:
+    done = finetune("merge", tmp_path, "-O", tmp_path / "merged", *option)
+    assert done.code == 2
+    assert "has no meaning" in done.err
+    assert not (tmp_path / "merged").exists()
+
+
 def test_debug_shows_the_traceback(finetune: Run, tmp_path: Path) -> None:
     for arguments in (("--debug", "report", tmp_path), ("report", tmp_path, "--debug")):
         done = finetune(*arguments)
