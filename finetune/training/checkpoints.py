@@ -100,7 +100,7 @@ def write_checkpoint(run: RunDirectory, snapshot: Snapshot) -> Path:
 
 
 def _require_written(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    if not tensors and path.name != OPTIMIZER:
+    if not tensors and path.name not in (OPTIMIZER, adalora.FILE):  # those know nothing before the first step
         raise VerificationError("there is nothing to save: no tensor trains", where=str(path), fix="check tuning.targets")
     with safe_open(path, "pt") as stored:
         if set(stored.keys()) != set(tensors) or not all(torch.equal(stored.get_tensor(name), tensors[name]) for name in tensors):

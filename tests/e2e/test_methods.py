@@ -153,7 +153,7 @@ class Matrix:
 
     def keep_losses(self, patch: pytest.MonkeyPatch) -> None:
         """Look at the model in the moment before its result is written; and merge without a process for each."""
-        from finetune.merging import merge
+        from finetune.merging import trials
         from finetune.training import train
 
         export = train.export
@@ -167,7 +167,7 @@ class Matrix:
             return measure(AutoModelForCausalLM.from_pretrained(directory, device_map={"": device}).eval(), probe, device)
 
         patch.setattr(train, "export", seen)
-        patch.setattr(merge, "measure_in_fresh_process", measured)
+        patch.setattr(trials, "measure_in_fresh_process", measured)
 
     def run(self, method: str, base: str) -> None:
         name = f"{method} on {base}"
