@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -47,8 +49,16 @@ class Slot:
         return prod(self.shape) * self.dtype.itemsize
 
 
+_BESIDE = 64 * 2**20
+"""Bytes that may wait to be written while the caller computes the next tensor; a larger one is waited for."""
+
+
 class ShardWriter:
-    """A safetensors file that is filled in the order of ``slots``; a context manager that forces it to disk."""
+    """A safetensors file that is filled in the order of ``slots``; a context manager that forces it to disk.
+
+    Bytes are written on a thread of its own: tensors must not change once they were given. What fails is raised by a later call or at the
+    end of the block.
+    """
 
     def __init__(self, path: Path, slots: Mapping[str, Slot], metadata: Mapping[str, str] | None = None) -> None:
         """Create ``path`` and write its header, with ``metadata`` beside the format's name. FileExistsError where it exists."""
@@ -64,6 +74,8 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._file.write(len(text).to_bytes(8, "little") + text)
+        self._thread = ThreadPoolExecutor(1, "shard")
+        self._flying: deque[tuple[int, Future[None]]] = deque()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append ``tensor``, which must be the next slot with its shape and type."""
@@ -75,8 +87,17 @@ class ShardWriter:
             )
         self._waiting.pop(0)
         if slot.size:
+            self._await(max(0, _BESIDE - slot.size))
             # tofile writes the array's own memory: no second copy of the tensor
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(self._file)
+            array = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            self._flying.append((slot.size, self._thread.submit(array.tofile, self._file)))
+            del array, tensor
+            self._await(_BESIDE)
+
+    def _await(self, size: int) -> None:
+        """Return when no more than ``size`` bytes wait."""
+        while sum(waiting for waiting, _ in self._flying) > size:
+            self._flying.popleft()[1].result()
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +109,9 @@ class ShardWriter:
                     raise VerificationError(
                         f"{len(self._waiting)} tensors were never written, {self._waiting[0]} first", where=str(self._path)
                     )
+                self._await(0)
                 self._file.flush()
                 os.fsync(self._file.fileno())
         finally:
+            self._thread.shutdown(wait=True, cancel_futures=True)
             self._file.close()
