@@ -20,6 +20,7 @@ from finetune.planning.steps import Steps
 from finetune.training.batching import dropout_seed, global_batch, micro_batches, share
 from finetune.training.checkpoints import Progress
 from finetune.training.distributed import idle_rounds
+from finetune.training.lanes import run_lanes, split
 from finetune.training.metrics import StepDone
 from finetune.training.optimizer import rate_factor, set_rates
 from finetune.training.participation import require_change, require_gradients, sums_of
@@ -85,11 +86,7 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
     set_rates(session.optimizer, rate_factor(config.schedule, session.steps, step))
     session.scorer.model.train()
     adaptive = isinstance(config.tuning, AdaLora)
-    loss = torch.zeros((), device=session.scorer.device)
-    pieces = micro_batches(indices, train.lengths, session.scorer.max_tokens, packed=session.scorer.packed)
-    for number, piece in share(pieces, accelerator.process_index, accelerator.num_processes):
-        loss += _backward(session, piece, dropout_seed(config.seed, step, number), supervised)
-    _keep_pace(session, pieces)
+    loss = _gradients(session, step, indices, supervised)
     if check_gradients:
         require_gradients(session)
     if accelerator.num_processes > 1:
@@ -117,6 +114,21 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
     )
 
 
+def _gradients(session: Session, step: int, indices: list[int], supervised: int) -> torch.Tensor:
+    """Set the gradients of this device's share of step ``step``; returns its share of the loss, on the device."""
+    train, scorer, accelerator = session.data.train, session.scorer, session.accelerator
+    if session.shares:
+        lanes = split(indices, train.lengths, scorer.max_tokens, torch.get_num_threads())
+        if len(lanes) > 1:
+            return run_lanes(lanes, lambda piece: _loss(session, piece, supervised), [*session.parameters.values()])
+    pieces = micro_batches(indices, train.lengths, scorer.max_tokens, packed=scorer.packed)
+    loss = torch.zeros((), device=scorer.device)
+    for number, piece in share(pieces, accelerator.process_index, accelerator.num_processes):
+        loss += _backward(session, piece, dropout_seed(session.config.seed, step, number), supervised)
+    _keep_pace(session, pieces)
+    return loss
+
+
 def _keep_pace(session: Session, pieces: list[list[int]]) -> None:
     """Run the passes that other devices make besides, on one example and for nothing: a block is gathered by all or by none."""
     if session.spread:
@@ -126,13 +138,18 @@ def _keep_pace(session: Session, pieces: list[list[int]]) -> None:
 
 def _backward(session: Session, piece: list[int], seed: int, supervised: float) -> torch.Tensor:
     """Add one micro-batch's share of the gradient, in a step of ``supervised`` tokens; returns its share of the loss, on the device."""
-    batch = collate([session.data.train[index] for index in piece])  # on the host, where positions are decided without waiting
     torch.manual_seed(seed)
-    with session.scorer.autocast():
-        losses = target_losses(session.scorer.model, batch.ids, batch.attention, batch.supervised)
-    loss = losses.sum() / supervised
+    loss = _loss(session, piece, supervised)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
+
+
+def _loss(session: Session, piece: list[int], supervised: float) -> torch.Tensor:
+    """One micro-batch's share of the loss of a step of ``supervised`` tokens."""
+    batch = collate([session.data.train[index] for index in piece])  # on the host, where positions are decided without waiting
+    with session.scorer.autocast():
+        losses = target_losses(session.scorer.model, batch.ids, batch.attention, batch.supervised)
+    return losses.sum() / supervised
 
 
 def _add_gradients(session: Session) -> None:

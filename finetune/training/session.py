@@ -16,6 +16,7 @@ from finetune.scoring import Scorer
 from finetune.training.checkpoints import Progress
 from finetune.training.distributed import is_spread
 from finetune.training.groups import ParameterGroup
+from finetune.training.lanes import can_share
 from finetune.training.metrics import Evaluated, StepDone
 
 CALMER = "lower optimizer.learning_rate or lengthen the warm-up; the last checkpoint is intact"
@@ -41,9 +42,13 @@ class Session:
     spread: bool = field(init=False)
     """Whether the blocks of the model are shared out, so that every device must run the same number of passes."""
 
+    shares: bool = field(init=False)
+    """Whether cores compute micro-batches of their own, side by side."""
+
     def __post_init__(self) -> None:
         self.parameters = trainable(self.scorer.model)
         self.spread = is_spread(self.scorer.model)
+        self.shares = can_share(self.scorer, self.accelerator.num_processes)
 
     def any_device(self, flag: bool) -> bool:
         """Whether ``flag`` is up on any device: all of them decide alike."""
