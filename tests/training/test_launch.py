@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from finetune import api
 from finetune.cli import workers
 from finetune.errors import ConfigError, DataError, DivergedError, FinetuneError, HardwareError, RunInterruptedError, WorkerLostError
 from finetune.hardware import STARTED_HERE, adopt_srun, crowd_size
@@ -263,25 +264,35 @@ def start(commands: list[list[str]], environments: list[dict[str, str]]) -> list
     return [(process.returncode, *output) for process, output in zip(running, outputs, strict=True)]
 
 
-def losses(run: Path) -> list[float]:
+def losses(run: Path, *keys: str) -> list[float]:
     import json
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row[key] for row in rows for key in ("loss", "validation_loss") if key in row]
+    return [row[key] for row in rows for key in keys or ("loss", "validation_loss") if key in row]
 
 
 @pytest.mark.slow
-def test_two_nodes_of_torchrun_train_as_one_process(write_config: Callable[..., Path], train_here: Callable[..., Path], tmp_path: Path):
-    reference = train_here(write_config("one.yaml", output=str(tmp_path / "one")))
-    config = write_config("two.yaml", output=str(tmp_path / "two"), distributed={"strategy": "fsdp"})
+@pytest.mark.parametrize("model", [None, pytest.param("builtin:smollm2-135m", marks=pytest.mark.real)], ids=["tiny", "real"])
+def test_two_nodes_of_torchrun_train_as_one_process(
+    write_config: Callable[..., Path], train_here: Callable[..., Path], tmp_path: Path, model: str | None
+):
+    """Two steps on two nodes, a third on one process, merged."""
+    settings: dict[str, Any] = {"schedule": {"method": "constant", "warmup_steps": 0}}  # so that a longer run has the same rates
+    if model:
+        settings |= {"model": {"id": model}, "optimizer": {"learning_rate": 0.001}}
+    reference = train_here(write_config("one.yaml", output=str(tmp_path / "one"), **settings), "train.max_steps=3")
+    config = write_config("two.yaml", output=str(tmp_path / "two"), distributed={"strategy": "fsdp"}, **settings)
     nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    commands = [["torch.distributed.run", *nodes, "--node-rank", rank, "-m", "finetune", "train", str(config)] for rank in "01"]
+    train = ["-m", "finetune", "train", str(config), "-o", "train.max_steps=2"]
+    commands = [["torch.distributed.run", *nodes, "--node-rank", rank, *train] for rank in "01"]
     (code, out, err), (other_code, other_out, other_err) = start(commands, [{}, {}])
     assert (code, other_code) == (0, 0), err + other_err
     assert (out, other_out) == (f"{tmp_path / 'two'}\n", "")
     assert "strategy: fsdp (stated in distributed.strategy)" in " ".join(err.split())
     assert "step" not in other_err
-    assert losses(tmp_path / "two") == pytest.approx(losses(reference), rel=1e-4)
+    assert train_here(config, "train.max_steps=3", resume=True) == tmp_path / "two"
+    assert losses(tmp_path / "two", "loss") == pytest.approx(losses(reference, "loss"), rel=1e-4)
+    api.merge(tmp_path / "two", tmp_path / "merged", dtype="fp32")
 
 
 @pytest.mark.slow
