@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -157,20 +159,54 @@ class Finished:
         self.code, self.out, self.err = code, out, err
 
 
+class Warm:
+    """The process of warm.py, started for the first command."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, arguments: list[str], cwd: Path, timeout: float, environment: dict[str, str]) -> Finished:
+        if self._process is None:
+            command = [sys.executable, str(Path(__file__).with_name("warm.py"))]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin
+        assert self._process.stdout
+        out, err = self._folder / "out", self._folder / "err"
+        for path in (out, err):
+            path.write_text("")
+        request = {"arguments": arguments, "cwd": str(cwd), "environment": environment, "out": str(out), "err": str(err)}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        child = int(self._process.stdout.readline())
+        late = threading.Timer(timeout, os.kill, (child, signal.SIGKILL))
+        late.start()
+        code = int(self._process.stdout.readline())
+        assert late.is_alive(), (arguments, "took longer than", timeout, err.read_text()[-2000:])
+        late.cancel()
+        return Finished(code, out.read_text(), err.read_text())
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.communicate()  # closes stdin, which ends it
+
+
+_READ_WHILE_RUNNING = {"COLUMNS", "FINETUNE_CACHE"}
+"""Of the environment; what else a test sets is read while modules are imported, and takes a process from the start."""
+
+
 @pytest.fixture(scope="session")
-def finetune() -> Callable[..., Finished]:
-    """Run `finetune ARGUMENTS` in a subprocess as a user would."""
+def finetune(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Finished]]:
+    """Run `finetune ARGUMENTS` in a process of its own as a user would."""
+    warm = Warm(tmp_path_factory.mktemp("warm"))
 
     def run(*arguments: object, cwd: Path | None = None, timeout: float = 300, **environment: str) -> Finished:
-        done = subprocess.run(
-            [sys.executable, "-m", "finetune", *map(str, arguments)],
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            env={**os.environ, "COLUMNS": "100", **environment},
-        )
+        words, surroundings = list(map(str, arguments)), {**os.environ, "COLUMNS": "100", **environment}
+        if environment.keys() <= _READ_WHILE_RUNNING:
+            return warm.run(words, cwd or Path.cwd(), timeout, surroundings)
+        command = [sys.executable, "-m", "finetune", *words]
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False, env=surroundings)
         return Finished(done.returncode, done.stdout, done.stderr)
 
-    return run
+    yield run
+    warm.stop()
