@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,21 @@ def test_a_shard_takes_only_what_was_announced(tmp_path: Path) -> None:
         writer.write("b", torch.ones(2))
     with pytest.raises(VerificationError, match="1 tensors were never written"), ShardWriter(tmp_path / "short", slots) as writer:
         writer.write("a", torch.ones(2))
+
+
+def test_b7_a_shard_notices_that_the_disk_took_all_but_its_last_bytes(tmp_path: Path) -> None:
+    """They are fewer than what C's own files keep back, and lose without a word."""
+    tensor = torch.ones((1 << 20) + 100, dtype=torch.uint8)
+
+    def write_shard(path: Path) -> None:
+        with ShardWriter(path, {"a": Slot(tuple(tensor.shape), tensor.dtype)}) as writer:
+            writer.write("a", tensor)
+
+    write_shard(tmp_path / "whole")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "whole").stat().st_size - 50, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_shard(tmp_path / "cut")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
