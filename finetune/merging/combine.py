@@ -32,7 +32,7 @@ from finetune.merging.combine_write import (
     write_model,
 )
 from finetune.merging.companions import read_model_config
-from finetune.merging.destination import COMBINED, require_destination
+from finetune.merging.destination import COMBINED, clear_leftovers, require_destination
 from finetune.merging.identity import LiveRows, require_rows
 from finetune.merging.inputs import MergeSource
 from finetune.merging.reload import Measurement, Probe
@@ -120,6 +120,7 @@ def combine(plan: Plan, destination: Path, *, force: bool = False, progress: Pro
     not fit its base, or the result is not the combination. HardwareError: the disk is full. The destination is then as it was.
     """
     destination = destination.absolute()
+    clear_leftovers(destination)
     require_destination(destination, [Path(entry.path) for entry in plan.adapters], force=force)
     members = find_members(plan)
     sources = [directory for member in members.members for directory in (member.source.base_dir, member.source.adapter_dir)]

@@ -30,6 +30,7 @@ from finetune.merging.reference import Reference, probe_of, reference_of
 from finetune.merging.reload import Example
 from finetune.merging.trials import DTYPES, GAIN_TO_KEEP, DtypeChoice
 from finetune.merging.verify import Parity, compare, kl_limit, measured_by
+from finetune.model.packed import stored_quantization
 from finetune.model.quantize import bnb_config
 from finetune.sealed import sealed_directory, write_json, write_text
 
@@ -160,7 +161,8 @@ def _nf4(source: MergeSource, reference: Reference, temporary: Path, options: Ex
     trained = source.quantization
     quantization = FourBit(method="nf4", double_quant=trained.double_quant if isinstance(trained, FourBit) else True)
     dtype = source.compute_dtype if options.dtype == "auto" else DTYPES[options.dtype]
-    both = source.base == "dequantized" and not isinstance(trained, NoQuantization)
+    # of a checkpoint that was quantized before it came here, the original weights are not on this machine
+    both = source.base == "dequantized" and not isinstance(trained, NoQuantization) and stored_quantization(source.base_dir) is None
     bases: tuple[Base, ...] = ("dequantized", "original") if both else (source.base,)
     for base in bases:
         yield _quantized(replace(source, base=base), reference, temporary, quantization, dtype)

@@ -120,7 +120,9 @@ def _written(inputs: Inputs, name: str, output: _Output, rounding: Rounding, see
     """The tensor ``name`` of the output in its type."""
     module, _, part = name.rpartition(".")
     update = inputs.adapter.updates.get(module) if part == "weight" else None
-    whole = module in inputs.layout.quantized or output.slot.shape != inputs.weights.info[output.source].shape
+    # new tokens change rows, be it spare ones, so that not even the shape tells
+    enlarges = bool(inputs.source.new_ids) and name in (inputs.layout.embedding, inputs.layout.head)
+    whole = module in inputs.layout.quantized or enlarges
     if whole or not isinstance(update, LowRankUpdate) or update.embedding:
         return rounded(_merged(inputs, name, output.source), output.slot.dtype, name, rounding, seed)
     result = torch.empty(output.slot.shape, dtype=output.slot.dtype)
@@ -160,14 +162,14 @@ def _merged(inputs: Inputs, name: str, source: str) -> Tensor:
     quantized = part == "weight" and module in layout.quantized
     if not stored.is_floating_point() or not (touched or enlarges or quantized):
         return stored.to(inputs.source.compute_dtype) if stored.is_floating_point() and inputs.source.base == "dequantized" else stored
-    values = _base_values(inputs, name, stored, quantized=quantized)
+    values = base_values(inputs, name, stored, quantized=quantized)
     if name in adapter.rows:
         return _with_rows(inputs, name, values)
     return _updated(inputs, name, values, adapter.updates[module]) if touched else values
 
 
-def _base_values(inputs: Inputs, name: str, stored: Tensor, *, quantized: bool) -> Tensor:
-    """W0 of ``name``, fp32 on the device: what training computed with, or the original; with the rows of new tokens."""
+def base_values(inputs: Inputs, name: str, stored: Tensor, *, quantized: bool) -> Tensor:
+    """W0 of ``name``, which is ``stored``: fp32 on the device, what training computed with or the original, with the rows of new tokens."""
     source, corrections = inputs.source, inputs.corrections
     module = name.removesuffix(".weight")
     stored = stored.to(source.device)

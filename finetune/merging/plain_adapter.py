@@ -25,12 +25,12 @@ from torch import Tensor
 from finetune.errors import ConfigError
 from finetune.merging.adapter import CONFIG, WEIGHTS, located
 from finetune.merging.fitting import require_fitting
+from finetune.merging.fold import base_values
 from finetune.merging.inputs import Inputs, MergeSource, open_inputs
 from finetune.merging.updates import LowRankUpdate, Scaling, SharedUpdate, SingularUpdate, Update
 from finetune.model.correction import Factors
 from finetune.model.low_rank import low_rank, padded
 from finetune.model.pissa import difference
-from finetune.model.quantize import roundtrip
 
 _RANK = 16
 """Where to start with an adapter that has no rank of its own."""
@@ -164,7 +164,8 @@ def _no_wider(b: Tensor, a: Tensor) -> _Part:
 def _approximated(inputs: Inputs, module: str, update: Update, rank: int) -> _Part:
     """The best approximation of W' - W of ``rank``."""
     name, source = f"{module}.weight", inputs.source
-    before = _base_values(inputs, module)
+    stored = inputs.weights.read(name if name in inputs.weights.info else inputs.layout.embedding)
+    before = base_values(inputs, name, stored, quantized=module in inputs.layout.quantized)
 
     def take(key: str) -> Tensor:
         return inputs.adapter.take(key, name).to(source.device)
@@ -180,17 +181,6 @@ def _approximated(inputs: Inputs, module: str, update: Update, rank: int) -> _Pa
     b, a = low_rank(delta, min(rank, *delta.shape))
     norm = float(delta.norm())
     return _Part(b, a, embedding, float((delta - b @ a).norm()) / norm if norm else 0.0)
-
-
-def _base_values(inputs: Inputs, module: str) -> Tensor:
-    """W, fp32: what the stated base computes with."""
-    source, layout, name = inputs.source, inputs.layout, f"{module}.weight"
-    stored = inputs.weights.read(name if name in inputs.weights.info else layout.embedding).to(source.device)
-    if source.base == "original":
-        return stored.float()
-    if module in layout.quantized:
-        return roundtrip(stored, source.quantization, source.compute_dtype, source.device)
-    return stored.to(source.compute_dtype).float()
 
 
 def targets_of(modules: set[str], names: set[str]) -> list[str]:

@@ -95,7 +95,11 @@ def test_a_model_and_an_adapter_of_two_runs(train_two: Run, finetune: Run, tmp_p
     # --force replaces a combination, and nothing else
     again = finetune("combine", plan, "-O", tmp_path / "model")
     assert (again.code, "not empty" in again.err) == (2, True)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".model.{dead.pid}.tmp").mkdir()
     api.combine(plan, tmp_path / "model", force=True)
+    assert not list(tmp_path.glob(".model.*")), "what a killed one left is swept"
     assert (tmp_path / "model" / "adapter_config.json").is_file()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("x")

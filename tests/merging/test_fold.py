@@ -201,3 +201,16 @@ def test_values_that_do_not_fit_are_refused(make: Make, tmp_path: Path) -> None:
     made.model.save_pretrained(made.source.adapter_dir, save_embedding_layers=False)
     with pytest.raises(VerificationError, match="do not fit"):
         fold(made.source, tmp_path / "merged", torch.float16)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a8_new_tokens_in_spare_rows_of_a_head_with_a_lora(make: Make, tmp_path: Path, tied: bool) -> None:
+    """The shape of the head does not tell that its rows changed."""
+    made = make(tied=tied, lora=KINDS["head-lora"])
+    fold(replace(made.source, new_ids=(95, 96)), tmp_path / "merged", torch.float32)
+    head = made.model.get_base_model().lm_head
+    expected = head.get_base_layer().weight.detach().clone()
+    expected[95:] = expected[:95].double().mean(0).float()
+    expected += head.get_delta_weight("default").detach()
+    written = load_file(tmp_path / "merged" / "model.safetensors")["lm_head.weight"]
+    assert (written - expected).abs().max() < 1e-5

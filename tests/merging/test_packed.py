@@ -165,3 +165,5 @@ def test_a_run_on_a_packed_base_is_trained_merged_and_verified(
     assert report.parity.max_logit_difference < 1e-4
     assert report.trials[0].identity is not None
     assert report.trials[0].identity < 1e-6
+    exported = api.export(run, tmp_path / "again", "nf4")
+    assert [trial.details["merged_onto"] for trial in exported.trials] == ["dequantized"]
