@@ -183,8 +183,9 @@ def _exchange(first: Path, second: Path) -> bool:
 def remove_directory(directory: Path) -> None:
     """Remove ``directory``: first its name, so that a kill leaves a temporary sibling and not half of a directory."""
     going = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    directory.rename(going)
-    shutil.rmtree(going)
+    with writing(directory):
+        directory.rename(going)
+        shutil.rmtree(going)
 
 
 def require_space(path: Path, needed: int, what: str) -> None:

@@ -35,8 +35,16 @@ def is_finished(run: RunDirectory) -> bool:
         if result is None:
             return False
         figures = read_json(result / _FIGURES)
-        return bool(figures.get("stopped_early")) or int(figures.get("run_steps", _ALL)) >= int(read_json(run.plan)["steps"]["total"])
+        sessions = _sessions(run)
+        # one that stopped early was let go on since, where it was resumed again
+        stopped = bool(figures.get("stopped_early")) and figures.get("sessions", sessions) == sessions
+        return stopped or int(figures.get("run_steps", _ALL)) >= int(read_json(run.plan)["steps"]["total"])
     return False
+
+
+def _sessions(run: RunDirectory) -> int:
+    """How often the run was started or resumed."""
+    return len(read_json(run.environment).get("sessions", ()))
 
 
 def export(run: RunDirectory, config: Config, tokenizer: Any, model: Any, progress: Progress) -> Path:
@@ -58,7 +66,8 @@ def export(run: RunDirectory, config: Config, tokenizer: Any, model: Any, progre
             shutil.copyfile(run.path / LOFTQ_FILE, directory / LOFTQ_FILE)
         loss = progress.best_loss if step == progress.best_step else progress.last_loss
         figures = {"step": step, "validation_loss": loss, "best_step": progress.best_step, "best_loss": progress.best_loss}
-        write_json(directory / _FIGURES, figures | {"run_steps": progress.step, "stopped_early": progress.stopped_early})
+        how = {"run_steps": progress.step, "stopped_early": progress.stopped_early, "sessions": _sessions(run)}
+        write_json(directory / _FIGURES, figures | how)
         write_text(directory / "README.md", _card(config, step, loss, model.config.dtype))
     return destination
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from finetune.training.train import Inputs
 
 _LONGER = "a longer run has more: -o train.epochs=... (or train.max_steps)"
+_PATIENT = "it stopped early: -o train.early_stopping.patience=... --accept train.early_stopping lets it go on"
 
 
 def run_id(run: RunDirectory) -> str:
@@ -71,8 +72,10 @@ def begin(start: Start, config: Config, parts: Parts, accelerator: Any) -> Start
             _continue(start, config, parts, accelerator)
     accelerator.wait_for_everyone()
     require_shared(start.run.environment)
-    session = read_json(start.run.environment)["sessions"][-1]
-    return replace(start, progress=adjusted(start.progress, session["changes"], config), notes=tuple(session["notes"]))
+    sessions = read_json(start.run.environment)["sessions"]
+    # also of those that were killed before a checkpoint of their own: it is still the one from before the change
+    changes = [change for session in sessions if session["from_step"] >= start.progress.step for change in session["changes"]]
+    return replace(start, progress=adjusted(start.progress, changes, config), notes=tuple(sessions[-1]["notes"]))
 
 
 def require_room(run: RunDirectory, config: Config, parts: Parts) -> None:
@@ -100,8 +103,10 @@ def _continue(start: Start, config: Config, parts: Parts, accelerator: Any) -> N
     run, steps, progress = start.run, parts.inputs.steps, start.progress
     changes = reconcile(run, start.identity, config, steps, start.accept or ())
     records, before = read_json(run.environment), steps_on_disk(run)
-    if is_finished(run) and steps.total <= progress.step:
-        raise ConfigError("the run is finished, and these changes give it nothing more to do", where=str(run.path), fix=_LONGER)
+    stopped = adjusted(progress, [asdict(change) for change in changes], config).stopped_early
+    if is_finished(run) and (stopped or steps.total <= progress.step):
+        fix = _PATIENT if stopped else _LONGER
+        raise ConfigError("the run is finished, and these changes give it nothing more to do", where=str(run.path), fix=fix)
     sessions = records.get("sessions", [])
     notes = [f"{change.key} was {change.before}, is {change.now} from step {progress.step + 1} on" for change in changes]
     if steps != before:

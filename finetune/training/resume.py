@@ -114,11 +114,14 @@ def stretched(config: Config, before: Steps, now: Steps, progress: Progress) -> 
 
 
 def adjusted(progress: Progress, changes: Sequence[Mapping[str, Any]], config: Config) -> Progress:
-    """``progress`` without what the recorded ``changes`` made void: losses on other rows are not comparable, and a run that no longer may
-    stop early has not stopped."""
+    """``progress`` without what the recorded ``changes`` made void: losses on other rows are not comparable, and a run that may go on for
+    longer without a gain, or that no longer may stop early, has not stopped."""
     if any(change["key"] == "fingerprints.data" for change in changes):
         progress = progress.advanced(best_loss=None, best_step=None, patience_loss=None, evaluations_without_gain=0)
-    return progress if config.train.early_stopping else progress.advanced(stopped_early=False)
+    early = config.train.early_stopping
+    return progress.advanced(
+        stopped_early=progress.stopped_early and early is not None and progress.evaluations_without_gain >= early.patience
+    )
 
 
 def session_record(began: str, progress: Progress, devices: int, changes: Sequence[Change], notes: Sequence[str]) -> dict[str, Any]:

@@ -362,10 +362,6 @@ def test_an_extension_that_was_killed_is_not_finished(tmp_path: Path, straight: 
     run = tmp_path / "run"
     shutil.copytree(straight, run)
 
-    def die(event: Event) -> None:
-        if isinstance(event, Started):
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         api.train(api.load_config(run / "config.yaml", [f"output={run}", "train.epochs=3"]).config, die, resume=True)
     events: list[Event] = []
@@ -374,6 +370,45 @@ def test_an_extension_that_was_killed_is_not_finished(tmp_path: Path, straight: 
     assert read_json(run / "adapter" / "training.json")["run_steps"] == 15
     steps = [row["step"] for row in rows(run) if row["kind"] == "step"]
     assert steps == list(range(1, 16))
+
+
+def die(event: Event) -> None:
+    """A kill once what changed is recorded, and before a step is done."""
+    if isinstance(event, Started):
+        raise KeyboardInterrupt
+
+
+def test_a2_what_stopped_early_goes_on_where_its_patience_grew_and_nowhere_else(
+    tmp_path: Path, tiny_model_dir: Path, chat_file: Path
+) -> None:
+    early = {**TRAIN, "evaluate": {"every_steps": 1}, "early_stopping": {"patience": 1, "min_delta": 1000.0}}
+    run = go(settings(tmp_path / "run", tiny_model_dir, chat_file, train=early))
+    assert read_json(run / "adapter" / "training.json")["run_steps"] == 2
+    with pytest.raises(ConfigError, match="nothing more to do") as caught:
+        resume(run, "train.epochs=3")
+    assert "patience" in caught.value.problems[0].fix
+    patient = ["train.early_stopping.patience=3", f"output={run}"]
+    with pytest.raises(KeyboardInterrupt):
+        api.train(api.load_config(run / "config.yaml", patient).config, die, resume=True, accept=("train.early_stopping",))
+    resume(run)
+    assert read_json(run / "adapter" / "training.json")["run_steps"] == 4
+    events: list[Event] = []
+    resume(run, events=events)
+    assert [type(event) for event in events] == [AlreadyFinished]
+
+
+def test_a2_a_best_loss_on_other_rows_is_forgotten_though_the_run_that_changed_them_was_killed(
+    halfway: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read_json(halfway / "checkpoints" / "step-00000006" / "state.json")["progress"]["best_step"] <= 6
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(reversed(chat_file.read_text().splitlines(keepends=True))))
+    changed = [f"output={halfway}", f'data.train=[{{"source": "{other}"}}]']
+    with pytest.raises(KeyboardInterrupt):
+        api.train(api.load_config(halfway / "config.yaml", changed).config, die, resume=True, accept=("data", "fingerprints.data"))
+    monkeypatch.setattr("finetune.training.validation._validation_loss", lambda *_: 100.0)
+    resume(halfway)
+    assert read_json(halfway / "adapter" / "training.json")["best_step"] > 6
 
 
 def test_a2_a_change_is_named_with_the_option_that_accepts_it(halfway: Path) -> None:
