@@ -16,7 +16,8 @@ from finetune.merging.verify import Parity
 def merged_card(config: Config, base: Path, report: MergeReport) -> str:
     """README.md of a merged model; ``base`` is the directory of the base model."""
     options = f" --base {report.base}" if report.base != "dequantized" else ""
-    rounding = " --rounding stochastic" if report.rounding == "stochastic" else ""
+    seed = report.chosen.seed
+    rounding = "" if seed is None else f" --rounding stochastic --seed {seed}"
     subject = Subject(
         relation="finetune",
         summary=f"{_origin(config)}, merged into the weights as {report.dtype} onto {report.why_base}.",

@@ -80,6 +80,7 @@ class MergeReport:
             "why_base": self.why_base,
             "dtype": self.dtype,
             "rounding": self.rounding,
+            "seed": self.chosen.seed,
             "reason": self.reason,
             "parity": self.parity.as_json(),
             "fold": {**asdict(self.fold), "dtype": self.dtype},

@@ -52,6 +52,8 @@ class Trial:
     """None where it could not be written or loaded."""
     identity: float | None
     """Largest relative error of a merged weight against the live one; None on the original base."""
+    seed: int | None = None
+    """Of stochastic rounding; None where nothing is drawn."""
 
     @property
     def name(self) -> str:
@@ -82,19 +84,20 @@ def attempt(
 ) -> tuple[Trial, FoldReport | None]:
     """Write ``source`` as ``candidate`` into the empty ``folder`` and measure it; the report is None where it does not hold the weights."""
     dtype, rounding, seed = DTYPES[candidate.dtype], candidate.rounding, candidate.seed
+    drawn = seed if rounding == "stochastic" else None
     try:
         written = fold(source, folder, dtype, progress, rounding, seed)
     except DoesNotFitError as error:
-        return Trial(candidate.dtype, rounding, False, error.problems[0].what, None, None), None
+        return Trial(candidate.dtype, rounding, False, error.problems[0].what, None, None, drawn), None
     try:
         identity = require_rows(reference.rows, folder, rounding, seed) if source.base == "dequantized" else None
     except VerificationError as error:
         # a wider type may hold what this one rounds away: it is tried next
-        return Trial(candidate.dtype, rounding, False, error.problems[0].what, None, None), None
+        return Trial(candidate.dtype, rounding, False, error.problems[0].what, None, None, drawn), None
     parity = compare(reference.trained, measure_in_fresh_process(folder, reference.probe, reference.device), reference.loss_base)
     reason = _refusal(parity, source, dtype, automatic=automatic)
     return Trial(
-        candidate.dtype, rounding, reason is None, reason or _acceptance(parity, _named(candidate.dtype, rounding)), parity, identity
+        candidate.dtype, rounding, reason is None, reason or _acceptance(parity, _named(candidate.dtype, rounding)), parity, identity, drawn
     ), written
 
 

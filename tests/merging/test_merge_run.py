@@ -178,6 +178,9 @@ def test_stochastic_rounding_is_seeded_and_verified(write_config: Run, train_her
         assert (report.dtype, report.rounding) == ("bf16", "stochastic")
         assert report.chosen.identity is not None
         assert report.chosen.identity < 2e-4
+        # the seed is recorded, or nobody could make these files again
+        assert json.loads((tmp_path / name / "merge.json").read_text())["seed"] == seed
+        assert f"--rounding stochastic --seed {seed}" in (tmp_path / name / "README.md").read_text()
         found[name] = load_file(tmp_path / name / "model.safetensors")
     key = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(found["a"][key], found["again"][key])
