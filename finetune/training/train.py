@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from finetune.card import base_license
 from finetune.config.schema import AdaLora, Config
 from finetune.data.prepare import PreparedData, prepare
 from finetune.data.render import Renderer
@@ -126,6 +127,7 @@ def _train(run: RunDirectory, config: Config, observer: Observer, stop: StopRequ
         require_trackers(config.tracking)
         require_own_launch()
         inputs = gather(config, lambda stage, done, of: observer(Preparing(stage, done, of)))
+        base_license(inputs.base, config.model.id)  # the card names it: what cannot be read is known now, and not after the last step
         if accept is not None:
             inputs = replace(inputs, resolved=inputs.resolved.pinned(**read_json(run.environment)["computed_in"]))
         set_seed(config.seed)  # before the model is built: the seed must reach the adapter's initialization (pitfall A13)

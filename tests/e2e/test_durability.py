@@ -333,6 +333,17 @@ def test_a_place_where_nothing_can_be_made_is_said_to_be_one(tiny_model_dir: Pat
     assert caught.value.problems[0].fix
 
 
+def test_a_base_whose_card_cannot_be_read_is_refused_before_it_is_trained(
+    make_tiny_model: Callable[..., Path], chat_file: Path, tmp_path: Path
+) -> None:
+    """The card of the result names the base's license; after the last step it is too late to say that nothing can be written."""
+    base = make_tiny_model(seed=6)
+    (base / "README.md").write_text("---\nlicense: [mit\n---\n")
+    with pytest.raises(ConfigError, match="cannot read the metadata"):
+        go(settings(tmp_path / "run", base, chat_file))
+    assert not (tmp_path / "run").exists()
+
+
 # --- what changed, and what is longer --------------------------------------------------------------------------------------------------
 
 
