@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from finetune import __version__
 from finetune.config.dump import dump_config
-from finetune.config.schema import Bitfit, Config, Full, Houlsby, HubSource, Icd10cm
+from finetune.config.schema import Bitfit, Config, Full, Houlsby, HubSource, Icd10cm, NoQuantization
 from finetune.errors import ConfigError
 from finetune.model.builtin import HUB_ID, public_name
 
@@ -146,6 +146,11 @@ def library_of(config: Config) -> str:
 def shown_base(config: Config) -> str:
     """The base by its public name; a local directory by its last name."""
     return code(_hub_base(config) or Path(config.model.id).name)
+
+
+def shown_quantization(config: Config) -> str:
+    """How the base was quantized, after "a base"."""
+    return "that was not quantized" if isinstance(config.quantization, NoQuantization) else f"quantized as `{config.quantization.method}`"
 
 
 def _metadata(config: Config, base: Path, subject: Subject) -> Any:

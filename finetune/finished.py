@@ -13,7 +13,7 @@ import torch
 from finetune.config.schema import Config, Full, LoftqInit, Lora, NoQuantization
 from finetune.data.render import Example, Renderer
 from finetune.data.stored import load_rows
-from finetune.errors import ConfigError, VerificationError
+from finetune.errors import VerificationError
 from finetune.hardware import detect
 from finetune.model.adapters import load
 from finetune.model.builtin import fingerprint, resolve_model
@@ -73,11 +73,7 @@ def load_run(run: RunDirectory, config: Config) -> FinishedRun:
 
     ConfigError where the run is not finished, VerificationError where anything is not what was trained.
     """
-    directory = run.trained()
-    if directory is None:
-        raise ConfigError(
-            "the run is not finished: it has no adapter", where=str(run.path), fix=f"finish it with `finetune train {run.config} --resume`"
-        )
+    directory = run.require_finished()
     base = resolve_model(config.model.id, config.model.revision)
     records = read_json(run.environment)
     if fingerprint(base) != records["identity"]["fingerprints"]["base"]:

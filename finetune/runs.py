@@ -23,10 +23,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from finetune.errors import ConfigError, HardwareError, VerificationError
-from finetune.sealed import fsync, remove_directory, verify, writing
+from finetune.sealed import fsync, read_json, remove_directory, verify, writing
 
 _STEP_PREFIX = "step-"
 _DAMAGED_PREFIX = "damaged-"
+FIGURES = "training.json"
+"""Beside a result: its step and losses, and the length of the run that made it."""
+_ALL = 2**63
+"""Steps of a result that does not say them: it was written by a version that could not extend runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,31 @@ class RunDirectory:
                 verify(directory)
                 return directory
         return None
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """Each start and resumption, with what had changed and what was said of it."""
+        found: list[dict[str, Any]] = read_json(self.environment).get("sessions", [])
+        return found
+
+    def finished(self) -> Path | None:
+        """`trained`, where it is the result of all planned steps; None while a run that was extended goes on, too."""
+        result = self.trained()
+        if result is None:
+            return None
+        figures, sessions = read_json(result / FIGURES), len(self.sessions())
+        # one that stopped early was let go on since, where it was resumed again
+        stopped = bool(figures.get("stopped_early")) and figures.get("sessions", sessions) == sessions
+        complete = stopped or int(figures.get("run_steps", _ALL)) >= int(read_json(self.plan)["steps"]["total"])
+        return result if complete else None
+
+    def require_finished(self) -> Path:
+        """`finished`; ConfigError where there is more to train."""
+        result = self.finished()
+        if result is None:
+            begun = "its adapter is that of a shorter run, and it goes on" if self.trained() else "it has no adapter"
+            fix = f"finish it with `finetune train {self.config} --resume`"
+            raise ConfigError(f"the run is not finished: {begun}", where=str(self.path), fix=fix)
+        return result
 
     @property
     def evaluations(self) -> Path:

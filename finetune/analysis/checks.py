@@ -25,12 +25,7 @@ def require_analyzable(runs: Sequence[tuple[RunDirectory, Config]]) -> None:
                 where=str(run.path),
                 fix="analyze runs of lora, tied-lora, adalora or full",
             )
-        if run.trained() is None:
-            raise ConfigError(
-                "the run is not finished: it has no adapter",
-                where=str(run.path),
-                fix=f"finish it with `finetune train {run.config} --resume`",
-            )
+        run.require_finished()
 
 
 def require_share(share: float) -> None:

@@ -57,6 +57,21 @@ def _show(done: CombineReport) -> None:
             )
     if done.model and done.model.untied:
         view.note("  the head is no longer tied to the embeddings")
+    _show_proof(done)
+
+
+def _show_proof(done: CombineReport) -> None:
+    """How near what was written is to the exact combination."""
+    from finetune.cli import view
+
+    parity = done.trials[-1].parity
+    if parity:
+        view.note(
+            f"verified by loading it in a fresh process, on {parity.positions:,} positions: largest logit difference "
+            f"{parity.max_logit_difference:.3g}, mean KL {parity.mean_kl:.2g}, same arg-max {parity.argmax_agreement:.2%}"
+        )
+        if parity.is_few:
+            view.note(f"  {parity.positions} positions are few: the shares above are noise")
     if done.loss:
         loss = done.loss
         view.note(

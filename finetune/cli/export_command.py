@@ -45,6 +45,8 @@ def show(report: ExportReport, *, as_json: bool) -> None:
         f"{parity.max_logit_difference:.3g}, mean KL {parity.mean_kl:.2g}, same arg-max {parity.argmax_agreement:.2%}, "
         f"loss {parity.loss_base:.4f} before training, {parity.loss_adapter:.4f} as trained, {parity.loss_merged:.4f} as exported"
     )
+    if parity.is_few:
+        note(f"  {parity.positions} positions are few: the shares above are noise")
     if as_json:
         sys.stdout.write(json.dumps({"destination": str(report.destination), **report.as_json()}, indent=2, ensure_ascii=False) + "\n")
     else:

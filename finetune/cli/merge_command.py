@@ -18,8 +18,6 @@ from finetune.errors import ConfigError
 if TYPE_CHECKING:
     from finetune.merging.merge import MergeReport
 
-_FEW_POSITIONS = 100
-
 
 def merge(  # noqa: PLR0913 - one parameter an option
     run: RunPath,
@@ -111,7 +109,7 @@ def _show(report: MergeReport) -> None:
         f"verified by reloading, on {parity.positions:,} positions: largest logit difference {parity.max_logit_difference:.3g}, mean KL "
         f"{parity.mean_kl:.2g}, same arg-max {parity.argmax_agreement:.2%}, loss {parity.loss_adapter:.4f} -> {parity.loss_merged:.4f}"
     )
-    if parity.positions < _FEW_POSITIONS:
+    if parity.is_few:
         note(
             f"  {parity.positions} positions are few: the shares above are noise; each weight was compared with the adapter model's besides"
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from finetune.card import Subject, card, nats, shown_base, use_adapter, use_model
+from finetune.card import Subject, card, nats, shown_base, shown_quantization, use_adapter, use_model
 from finetune.config.schema import Config, NoQuantization
 from finetune.merging.exports import ExportReport
 from finetune.merging.merge import MergeReport
@@ -35,7 +35,8 @@ def export_card(config: Config, base: Path, report: ExportReport) -> str:
 
 
 def _nf4_card(config: Config, base: Path, report: ExportReport) -> str:
-    onto = report.chosen.details["merged_onto"]
+    plain = isinstance(config.quantization, NoQuantization)
+    onto = "its base" if plain else f"the {report.chosen.details['merged_onto']} base"
     subject = Subject(
         relation="quantized",
         summary=f"{_origin(config)}, merged into the weights and quantized again to NF4: every linear layer but the head is in 4 bits.",
@@ -43,8 +44,7 @@ def _nf4_card(config: Config, base: Path, report: ExportReport) -> str:
         use=use_model(),
         commands=("finetune train config.yaml", "finetune merge RUN -O DIR --to nf4"),
         notes=(
-            f"Merged onto the {onto} base before it was quantized. Quantization rounds away part of what was learned: what it cost stands "
-            "below.",
+            f"Merged onto {onto} before it was quantized. Quantization rounds away part of what was learned: what it cost stands below.",
         ),
         losses={"loss": round(report.parity.loss_merged, 6)},
     )
@@ -74,17 +74,18 @@ def _adapter_card(config: Config, base: Path, report: ExportReport) -> str:
 
 
 def _origin(config: Config) -> str:
-    return f"Tuned from {shown_base(config)} with `finetune`: {config.tuning.method} on a base quantized as `{config.quantization.method}`"
+    return f"Tuned from {shown_base(config)} with `finetune`: {config.tuning.method} on a base {shown_quantization(config)}"
 
 
 def _figures(parity: Parity, name: str) -> dict[str, str]:
     kept = "not told: training gained too little" if parity.gain_kept is None else f"{parity.gain_kept:.1%}"
+    few = ": so few that these shares are noise" if parity.is_few else ""
     return {
         "Validation loss before training": nats(parity.loss_base),
         "Validation loss of the adapter as it was trained": nats(parity.loss_adapter),
         f"Validation loss of {name}": nats(parity.loss_merged),
         "Share of the gain that is kept": kept,
-        "Mean KL to the adapter as it was trained": f"{parity.mean_kl:.2g} nats a token, over {parity.positions} positions",
+        "Mean KL to the adapter as it was trained": f"{parity.mean_kl:.2g} nats a token, over {parity.positions} positions{few}",
         "Same most likely token": f"{parity.argmax_agreement:.2%}",
         "Largest difference of a logit": f"{parity.max_logit_difference:.3g}",
     }

@@ -255,7 +255,8 @@ def _adapter(combination: Combination, members: Members, temporary: Path, destin
     parity = compare(cut_off, measured, loss_base)
     computed, method = _base_type(source), "none" if source.base == "original" else source.quantization.method
     refusal = _refusal(parity, kl_limit(torch.float32, computed, method), automatic=False)
-    reason = refusal or f"rank {output.rank} leaves a relative error of {written.error:.2g}; PEFT computes what was written"
+    kind = str(computed).removeprefix("torch.")
+    reason = refusal or f"rank {output.rank} leaves a relative error of {written.error:.2g}; PEFT, in {kind}, computes what was written"
     trial = Trial("fp32", "nearest", refusal is None, reason, parity, None)
     if refusal:
         raise _refused([trial], "written as an adapter in")

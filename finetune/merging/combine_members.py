@@ -148,11 +148,7 @@ def _run_of(path: Path) -> RunDirectory | None:
 
 def _from_run(run: RunDirectory, config: Config, weight: float, base: Base) -> Member:
     _require_update(run, config)
-    directory = run.trained()
-    if directory is None:
-        raise ConfigError(
-            "the run is not finished: it has no adapter", where=str(run.path), fix=f"finish it with `finetune train {run.config} --resume`"
-        )
+    directory = run.require_finished()
     records = read_json(run.environment)
     if sha256_of(run.rows) != records["rows_sha256"]:
         raise VerificationError("the run's validation rows are not those it was validated on", where=str(run.rows), fix="restore the file")

@@ -169,7 +169,7 @@ def _nf4(source: MergeSource, reference: Reference, temporary: Path, options: Ex
 
 
 def _quantized(source: MergeSource, reference: Reference, temporary: Path, quantization: FourBit, dtype: torch.dtype) -> ExportTrial:
-    name = f"onto the {source.base} base"
+    name = "onto the base" if isinstance(source.quantization, NoQuantization) else f"onto the {source.base} base"
     merged, directory = temporary / _FORMS / "merged", temporary / _FORMS / name
     directory.mkdir(parents=True)
     fold(source, merged, dtype)
@@ -245,7 +245,8 @@ def _plain(
         "error": written.error,
         "base": {"dtype": base_dtype, "quantization": quantization},
     }
-    shown = f"rank {written.rank}" + (f", largest relative error of a module {written.error:.2g}" if written.error else ", exact")
+    how = f"largest relative error of a module {written.error:.2g}" if written.error else "converted exactly"
+    shown = f"rank {written.rank}, {how}, in {str(dtype).removeprefix('torch.')}"
     return ExportTrial(name, refusal is None, f"{shown}: {refusal or _cost(parity)}", parity, written.size, details)
 
 

@@ -27,6 +27,9 @@ MIN_GAIN_KEPT = 0.5
 """A merge that keeps a smaller share of the gain is refused, whatever type was asked for."""
 
 
+_FEW = 100
+
+
 @dataclass(frozen=True, slots=True)
 class Parity:
     """A merged model against the adapter model it was made from."""
@@ -48,6 +51,11 @@ class Parity:
         """(loss_base - loss_merged) / (loss_base - loss_adapter); None where training gained less than `MIN_GAIN`."""
         gain = self.loss_base - self.loss_adapter
         return (self.loss_base - self.loss_merged) / gain if gain >= MIN_GAIN else None
+
+    @property
+    def is_few(self) -> bool:
+        """Whether there were so few positions that the shares are noise."""
+        return self.positions < _FEW
 
     def as_json(self) -> dict[str, float | int | None]:
         """All figures for `merge.json`; None for those that are not finite, which JSON cannot hold."""

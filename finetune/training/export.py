@@ -3,48 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune.card import Subject, card, code, library_of, nats, shown_base, use_adapter, use_model
+from finetune.card import Subject, card, code, library_of, nats, shown_base, shown_quantization, use_adapter, use_model
 from finetune.config.schema import Config, Full, LoftqInit, Lora
-from finetune.errors import VerificationError
 from finetune.model.adapters import save
 from finetune.model.builtin import resolve_model
 from finetune.model.correction import FILE as LOFTQ_FILE
 from finetune.model.correction import MOVED
 from finetune.model.pissa import save_plain
 from finetune.model.quantize import bnb_config
-from finetune.runs import RunDirectory
-from finetune.sealed import read_json, sealed_directory, verify, write_json, write_text
+from finetune.runs import FIGURES, RunDirectory
+from finetune.sealed import sealed_directory, verify, write_json, write_text
 from finetune.training.checkpoints import Progress, load_weights
-
-_FIGURES = "training.json"
-_ALL = 2**63
-"""Steps of a result that does not say them: it was written by a version that could not extend runs."""
-
-
-def is_finished(run: RunDirectory) -> bool:
-    """Whether the result of all planned steps is there and whole. One that was damaged since, or that belongs to a shorter run than the
-    one that is planned now, is written anew when the run is resumed."""
-    with suppress(VerificationError):
-        result = run.trained()
-        if result is None:
-            return False
-        figures = read_json(result / _FIGURES)
-        sessions = _sessions(run)
-        # one that stopped early was let go on since, where it was resumed again
-        stopped = bool(figures.get("stopped_early")) and figures.get("sessions", sessions) == sessions
-        return stopped or int(figures.get("run_steps", _ALL)) >= int(read_json(run.plan)["steps"]["total"])
-    return False
-
-
-def _sessions(run: RunDirectory) -> int:
-    """How often the run was started or resumed."""
-    return len(read_json(run.environment).get("sessions", ()))
 
 
 def export(run: RunDirectory, config: Config, tokenizer: Any, model: Any, progress: Progress) -> Path:
@@ -66,13 +40,13 @@ def export(run: RunDirectory, config: Config, tokenizer: Any, model: Any, progre
             shutil.copyfile(run.path / LOFTQ_FILE, directory / LOFTQ_FILE)
         loss = progress.best_loss if step == progress.best_step else progress.last_loss
         figures = {"step": step, "validation_loss": loss, "best_step": progress.best_step, "best_loss": progress.best_loss}
-        how = {"run_steps": progress.step, "stopped_early": progress.stopped_early, "sessions": _sessions(run)}
-        write_json(directory / _FIGURES, figures | how)
-        write_text(directory / "README.md", _card(config, step, loss, model.config.dtype))
+        how = {"run_steps": progress.step, "stopped_early": progress.stopped_early, "sessions": len(run.sessions())}
+        write_json(directory / FIGURES, figures | how)
+        write_text(directory / "README.md", _card(run, config, step, loss, model.config.dtype))
     return destination
 
 
-def _card(config: Config, step: int, loss: float | None, dtype: torch.dtype) -> str:
+def _card(run: RunDirectory, config: Config, step: int, loss: float | None, dtype: torch.dtype) -> str:
     """The model card of an adapter, or of the whole model after full tuning."""
     whole = isinstance(config.tuning, Full)
     settings = bnb_config(config.quantization, dtype)
@@ -90,18 +64,25 @@ def _card(config: Config, step: int, loss: float | None, dtype: torch.dtype) -> 
         resolve_model(config.model.id, config.model.revision),
         Subject(
             relation="finetune" if whole else "adapter",
-            summary=f"Tuned from {shown_base(config)} with `finetune`: {config.tuning.method} on a base quantized as "
-            f"`{config.quantization.method}`, {step} optimizer steps of {config.train.batch_size} examples.",
+            summary=f"Tuned from {shown_base(config)} with `finetune`: {config.tuning.method} on a base {shown_quantization(config)}, "
+            f"{step} optimizer steps of up to {config.train.batch_size} examples.",
             figures={
                 "Validation loss before training": "not measured by training; `finetune eval RUN` measures it",
                 "Validation loss of these weights": nats(loss),
             },
             use=use,
             commands=("finetune train config.yaml", "finetune eval RUN"),
-            notes=tuple(filter(None, (_tokens(config), _start(config)))),
+            notes=tuple(filter(None, (_tokens(config), _start(config), _history(run)))),
             losses={} if loss is None else {"loss": round(loss, 6)},
         ),
     )
+
+
+def _history(run: RunDirectory) -> str:
+    """What one command cannot reproduce: settings that changed while the run was on its way."""
+    notes = [note for session in run.sessions() for note in session["notes"] if session["changes"]]
+    listed = "\n".join(f"- {code(note)}" for note in notes)
+    return f"**Changed on its way**: what stands under Reproduce is how it ended. It was resumed with\n\n{listed}" if notes else ""
 
 
 def _tokens(config: Config) -> str:

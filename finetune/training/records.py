@@ -20,7 +20,6 @@ from finetune.sealed import bytes_below, read_json, replaced, require_space, sha
 from finetune.training.build import Built
 from finetune.training.checkpoints import Progress, checkpoint_bytes
 from finetune.training.distributed import require_shared
-from finetune.training.export import is_finished
 from finetune.training.groups import ParameterGroup
 from finetune.training.resume import adjusted, reconcile, session_record, steps_on_disk, stretched
 
@@ -104,7 +103,7 @@ def _continue(start: Start, config: Config, parts: Parts, accelerator: Any) -> N
     changes = reconcile(run, start.identity, config, steps, start.accept or ())
     records, before = read_json(run.environment), steps_on_disk(run)
     stopped = adjusted(progress, [asdict(change) for change in changes], config).stopped_early
-    if is_finished(run) and (stopped or steps.total <= progress.step):
+    if run.finished() and (stopped or steps.total <= progress.step):
         fix = _PATIENT if stopped else _LONGER
         raise ConfigError("the run is finished, and these changes give it nothing more to do", where=str(run.path), fix=fix)
     sessions = records.get("sessions", [])

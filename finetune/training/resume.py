@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def reconcile(run: RunDirectory, now: Mapping[str, Any], config: Config, steps: 
     problems = [problem for change in changes if (problem := _problem(run, change, config, steps, accepted))]
     for name in accepted:
         if not any(_covers(name, change.key) for change in changes):
-            problems.append(Problem(f"{name} is as it was when the run was started", f"--accept {name}", "leave the option out"))
+            problems.append(_needless(name))
     if problems:
         raise ConfigError.from_problems(problems)
     return changes
@@ -96,6 +97,14 @@ def _problem(run: RunDirectory, change: Change, config: Config, steps: Steps, ac
     if any(_covers(name, change.key) for name in accepted):
         return None
     return Problem(what, str(run.path), f"{same}; or go on with the change, which is recorded: --accept '{change.key}'")
+
+
+def _needless(name: str) -> Problem:
+    where, known = f"--accept {name}", any(_covers(name, key) or _covers(key, name) for key in _ACCEPTABLE)
+    if known:
+        return Problem(f"{name} is as it was when the run was started", where, "leave the option out")
+    near = get_close_matches(name, _ACCEPTABLE, n=1, cutoff=0.7) or [key for key in _ACCEPTABLE if key.endswith(name)][:1]
+    return Problem(f"{name} is nothing that can be accepted", where, f"write {near[0]}" if near else f"one of {', '.join(_ACCEPTABLE)}")
 
 
 def planned_steps(run: RunDirectory) -> int:

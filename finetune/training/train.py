@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from finetune.training.checkpoints import (
     write_checkpoint,
 )
 from finetune.training.distributed import explained, require_own_launch
-from finetune.training.export import export, is_finished
+from finetune.training.export import export
 from finetune.training.groups import assign_groups
 from finetune.training.loop import fit
 from finetune.training.metrics import (
@@ -120,10 +120,10 @@ def _train(run: RunDirectory, config: Config, observer: Observer, stop: StopRequ
         else:
             _require_begun(run)
             held.enter_context(locked(run.path) if is_first() else nullcontext())
-            if is_finished(run) and same_settings(run, config):
+            if same_settings(run, config) and _is_finished(run):
                 observer(AlreadyFinished(run.path))
                 return run
-        newest = None if accept is None else _newest(run, observer)
+        newest, damaged = (None, []) if accept is None else _newest(run)
         require_trackers(config.tracking)
         require_own_launch()
         inputs = gather(config, lambda stage, done, of: observer(Preparing(stage, done, of)))
@@ -143,6 +143,8 @@ def _train(run: RunDirectory, config: Config, observer: Observer, stop: StopRequ
             held.enter_context(locked(run.path) if accept is None else nullcontext())
         progress = read_progress(newest, run_id(run)) if newest else Progress()
         start = begin(Start(run, progress, accept, now, preflight=newest is None), config, parts, accelerator)
+        for path, error in damaged if accelerator.is_main_process else ():  # only now: a resumption that is refused changes nothing
+            observer(CheckpointDamaged(path, error.problems[0].what, run.set_aside(path)))
         if newest:
             load_checkpoint(newest, built.model, parts.optimizer)
         observer(_started(config, parts, accelerator, start))
@@ -166,8 +168,15 @@ def _require_begun(run: RunDirectory) -> None:
     open_run(run.path)
 
 
-def _newest(run: RunDirectory, observer: Observer) -> Path | None:
-    """The newest intact checkpoint of a run; None where it was killed before its first. Damaged ones are told of and set aside."""
+def _is_finished(run: RunDirectory) -> bool:
+    """A result that was damaged since is written anew."""
+    with suppress(VerificationError):
+        return run.finished() is not None
+    return False
+
+
+def _newest(run: RunDirectory) -> tuple[Path | None, list[tuple[Path, VerificationError]]]:
+    """The newest intact checkpoint of a run, None where it was killed before its first; and the damaged ones that are newer."""
     if is_first():
         sweep(run)
     damaged: list[tuple[Path, VerificationError]] = []
@@ -178,9 +187,7 @@ def _newest(run: RunDirectory, observer: Observer) -> Path | None:
             where=str(damaged[0][0]),
             fix="restore the directory from a copy, or start again with another output",
         )
-    for path, error in damaged if is_first() else ():
-        observer(CheckpointDamaged(path, error.problems[0].what, run.set_aside(path)))
-    return newest
+    return newest, damaged
 
 
 def _device() -> torch.device:

@@ -375,12 +375,54 @@ def test_an_extension_that_was_killed_is_not_finished(tmp_path: Path, straight: 
 
     with pytest.raises(KeyboardInterrupt):
         api.train(api.load_config(run / "config.yaml", [f"output={run}", "train.epochs=3"]).config, die, resume=True)
+    for use in (lambda: api.merge(run, tmp_path / "merged"), lambda: api.evaluate(run), lambda: api.analyze([run])):
+        with pytest.raises(ConfigError, match="not finished: its adapter is that of a shorter run"):
+            use()
     events: list[Event] = []
     resume(run, events=events)
     assert next(event for event in events if isinstance(event, Started)).steps.total == 15
     assert read_json(run / "adapter" / "training.json")["run_steps"] == 15
     steps = [row["step"] for row in rows(run) if row["kind"] == "step"]
     assert steps == list(range(1, 16))
+
+
+def test_a_resumption_that_is_refused_changes_nothing(tmp_path: Path, straight: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / "adapter")
+    newest = run / "checkpoints" / "step-00000010"
+    flip(newest / "adapter_model.safetensors")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    events: list[Event] = []
+    config = api.load_config(run / "config.yaml", [f"output={run}", "optimizer.learning_rate=0.0123"]).config
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate is 0\.0123"):
+        api.train(config, events.append, resume=True)
+    assert not [event for event in events if isinstance(event, CheckpointDamaged)]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"} == before
+    events.clear()
+    resume(run, events=events)
+    assert [event.path for event in events if isinstance(event, CheckpointDamaged)] == [newest]
+
+
+@pytest.mark.parametrize(("name", "fix"), [("lr", "one of"), ("learning_rate", "write optimizer.learning_rate"), ("seed", "one of")])
+def test_what_cannot_be_accepted_is_named(tmp_path: Path, straight: Path, name: str, fix: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    config = api.load_config(run / "config.yaml", [f"output={run}", "train.epochs=3"]).config
+    with pytest.raises(ConfigError, match=f"{name} is nothing that can be accepted") as caught:
+        api.train(config, resume=True, accept=[name])
+    assert fix in caught.value.problems[0].fix
+
+
+def test_the_card_of_a_run_that_changed_says_so(tmp_path: Path, straight: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    assert "Changed on its way" not in (run / "adapter" / "README.md").read_text()
+    config = api.load_config(run / "config.yaml", [f"output={run}", "train.epochs=3", "optimizer.learning_rate=0.005"]).config
+    api.train(config, resume=True, accept=["optimizer.learning_rate"])
+    text = (run / "adapter" / "README.md").read_text()
+    assert "Changed on its way" in text
+    assert "optimizer.learning_rate was" in text
 
 
 def die(event: Event) -> None:
