@@ -392,13 +392,18 @@ def test_a_resumption_that_is_refused_changes_nothing(tmp_path: Path, straight: 
     shutil.rmtree(run / "adapter")
     newest = run / "checkpoints" / "step-00000010"
     flip(newest / "adapter_model.safetensors")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (run / ".lock").touch()
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    before = contents()
     events: list[Event] = []
     config = api.load_config(run / "config.yaml", [f"output={run}", "optimizer.learning_rate=0.0123"]).config
     with pytest.raises(ConfigError, match=r"optimizer\.learning_rate is 0\.0123"):
         api.train(config, events.append, resume=True)
     assert not [event for event in events if isinstance(event, CheckpointDamaged)]
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"} == before
+    assert contents() == before
     events.clear()
     resume(run, events=events)
     assert [event.path for event in events if isinstance(event, CheckpointDamaged)] == [newest]
