@@ -98,6 +98,12 @@ class RunDirectory:
         complete = stopped or int(figures.get("run_steps", _ALL)) >= int(read_json(self.plan)["steps"]["total"])
         return result if complete else None
 
+    def is_finished(self) -> bool:
+        """Whether `finished` finds a result that is whole; one that was damaged since is written anew when the run is resumed."""
+        with suppress(VerificationError):
+            return self.finished() is not None
+        return False
+
     def require_finished(self) -> Path:
         """`finished`; ConfigError where there is more to train."""
         result = self.finished()

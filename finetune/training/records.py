@@ -103,7 +103,7 @@ def _continue(start: Start, config: Config, parts: Parts, accelerator: Any) -> N
     changes = reconcile(run, start.identity, config, steps, start.accept or ())
     records, before = read_json(run.environment), steps_on_disk(run)
     stopped = adjusted(progress, [asdict(change) for change in changes], config).stopped_early
-    if run.finished() and (stopped or steps.total <= progress.step):
+    if run.is_finished() and (stopped or steps.total <= progress.step):
         fix = _PATIENT if stopped else _LONGER
         raise ConfigError("the run is finished, and these changes give it nothing more to do", where=str(run.path), fix=fix)
     sessions = records.get("sessions", [])

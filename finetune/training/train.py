@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def _train(run: RunDirectory, config: Config, observer: Observer, stop: StopRequ
         else:
             _require_begun(run)
             held.enter_context(locked(run.path) if is_first() else nullcontext())
-            if same_settings(run, config) and _is_finished(run):
+            if same_settings(run, config) and run.is_finished():
                 observer(AlreadyFinished(run.path))
                 return run
         newest, damaged = (None, []) if accept is None else _newest(run)
@@ -166,13 +166,6 @@ def _require_begun(run: RunDirectory) -> None:
     if not run.environment.is_file():
         raise ConfigError("there is no run to resume", where=str(run.path), fix="leave out --resume to begin it")
     open_run(run.path)
-
-
-def _is_finished(run: RunDirectory) -> bool:
-    """A result that was damaged since is written anew."""
-    with suppress(VerificationError):
-        return run.finished() is not None
-    return False
 
 
 def _newest(run: RunDirectory) -> tuple[Path | None, list[tuple[Path, VerificationError]]]:
