@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from finetune.config.schema import Config
     from finetune.evaluation.results import Results
     from finetune.inventory import Inventory
-    from finetune.merging.combine import CombineReport
+    from finetune.merging.combine_report import CombineReport
     from finetune.merging.exports import ExportReport
     from finetune.merging.merge import MergeReport
     from finetune.runs import RunDirectory
@@ -154,7 +154,7 @@ def export(
 
 def combine(plan: Path, destination: Path, *, force: bool = False, progress: Callable[[str, int], None] = lambda *_: None) -> CombineReport:
     """Several adapters of one base as one model or one adapter, as the YAML file ``plan`` says, proven against the exact sum."""
-    from finetune.config.combine import load_plan
+    from finetune.config.combine_file import load_plan
 
     loaded = load_plan(plan)
     _prepare_process()

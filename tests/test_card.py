@@ -50,7 +50,7 @@ def test_the_hubs_library_reads_the_metadata(config_of: Callable[..., Config], t
     data = ModelCard(card(config, tmp_path, SUBJECT)).data
     assert data.base_model == "owner/base"
     assert data.to_dict()["base_model_relation"] == "adapter"
-    assert data.library_name == "peft"
+    assert data.to_dict()["library_name"] == "peft"
     assert (data.license, data.license_name, data.license_link) == ("other", "llama3", "LICENSE")
     assert data.datasets == ["owner/name"]
     assert data.tags == ["finetune", "lora"]

@@ -13,7 +13,7 @@ from finetune import api
 from finetune.cli.options import Json
 
 if TYPE_CHECKING:
-    from finetune.merging.combine import CombineReport
+    from finetune.merging.combine_report import CombineReport
 
 
 def combine(

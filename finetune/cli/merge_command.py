@@ -19,40 +19,52 @@ if TYPE_CHECKING:
     from finetune.merging.merge import MergeReport
 
 
+_Output = Annotated[Path, typer.Option("-O", "--output", metavar="DIR", help="Directory to write; must be new or empty.")]
+_To = Annotated[
+    Form,
+    typer.Option(
+        "--to",
+        help="What is written: merged weights, a model quantized again to NF4, or a plain LoRA for serving engines. gguf: says how.",
+    ),
+]
+_Rank = Annotated[
+    int | None,
+    typer.Option("--rank", min=1, help="With --to adapter, of what must be approximated (DoRA, IA3). Default: what keeps 99 %."),
+]
+_Base = Annotated[
+    Literal["dequantized", "original"],
+    typer.Option("--base", help="What the adapter is added to: the base it was trained on, or the unquantized original."),
+]
+_CompareBases = Annotated[
+    bool, typer.Option("--compare-bases", help="Measure the merge onto the other base too, on validation rows and general text.")
+]
+_Dtype = Annotated[
+    Literal["auto", "bf16", "fp16", "fp32"],
+    typer.Option("--dtype", help="Type of the weights. auto: the smallest that keeps 99 % of what was learned."),
+]
+_Rounding = Annotated[
+    Literal["nearest", "stochastic"],
+    typer.Option("--rounding", help="How values between two of the type's are written. stochastic: by chance, right on average."),
+]
+_Seed = Annotated[int | None, typer.Option("--seed", help="Seed of stochastic rounding. Default: 0.")]
+_CompareDtypes = Annotated[
+    bool, typer.Option("--compare-dtypes", help="Write and measure every type and rounding, not only up to the one that is kept.")
+]
+_Force = Annotated[bool, typer.Option("--force", help="Replace an earlier merge in DIR.")]
+
+
 def merge(  # noqa: PLR0913 - one parameter an option
     run: RunPath,
-    output: Annotated[Path, typer.Option("-O", "--output", metavar="DIR", help="Directory to write; must be new or empty.")],
-    to: Annotated[
-        Form,
-        typer.Option(
-            "--to",
-            help="What is written: merged weights, a model quantized again to NF4, or a plain LoRA for serving engines. gguf: says how.",
-        ),
-    ] = "safetensors",
-    rank: Annotated[
-        int | None,
-        typer.Option("--rank", min=1, help="With --to adapter, of what must be approximated (DoRA, IA3). Default: what keeps 99 %."),
-    ] = None,
-    base: Annotated[
-        Literal["dequantized", "original"],
-        typer.Option("--base", help="What the adapter is added to: the base it was trained on, or the unquantized original."),
-    ] = "dequantized",
-    compare_bases: Annotated[
-        bool, typer.Option("--compare-bases", help="Measure the merge onto the other base too, on validation rows and general text.")
-    ] = False,
-    dtype: Annotated[
-        Literal["auto", "bf16", "fp16", "fp32"],
-        typer.Option("--dtype", help="Type of the weights. auto: the smallest that keeps 99 % of what was learned."),
-    ] = "auto",
-    rounding: Annotated[
-        Literal["nearest", "stochastic"],
-        typer.Option("--rounding", help="How values between two of the type's are written. stochastic: by chance, right on average."),
-    ] = "nearest",
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of stochastic rounding. Default: 0.")] = None,
-    compare_dtypes: Annotated[
-        bool, typer.Option("--compare-dtypes", help="Write and measure every type and rounding, not only up to the one that is kept.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier merge in DIR.")] = False,
+    output: _Output,
+    to: _To = "safetensors",
+    rank: _Rank = None,
+    base: _Base = "dequantized",
+    compare_bases: _CompareBases = False,
+    dtype: _Dtype = "auto",
+    rounding: _Rounding = "nearest",
+    seed: _Seed = None,
+    compare_dtypes: _CompareDtypes = False,
+    force: _Force = False,
     as_json: Json = False,
 ) -> None:
     """Fold the adapter of RUN into its base as DIR, which plain transformers loads; prints DIR last.
@@ -71,10 +83,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
         api.report(run)
         export_command.show(exported, as_json=as_json)
         return
-    if rank is not None:
-        raise ConfigError("--rank has no meaning with --to safetensors", where="--rank", fix="leave it out")
-    if seed is not None and rounding == "nearest" and not compare_dtypes:
-        raise ConfigError("--seed has no meaning where nothing is drawn", where="--seed", fix="leave it out, or add --rounding stochastic")
+    _refuse_needless(rank, seed, draws=rounding == "stochastic" or compare_dtypes)
     with view.counting("merging") as advance:
         done = api.merge(
             run,
@@ -90,10 +99,16 @@ def merge(  # noqa: PLR0913 - one parameter an option
         )
     api.report(run)
     _show(done)
-    if as_json:
-        sys.stdout.write(json.dumps({"destination": str(output), **done.as_json()}, indent=2, ensure_ascii=False) + "\n")
-    else:
-        sys.stdout.write(f"{output}\n")
+    result = json.dumps({"destination": str(output), **done.as_json()}, indent=2, ensure_ascii=False) if as_json else str(output)
+    sys.stdout.write(f"{result}\n")
+
+
+def _refuse_needless(rank: int | None, seed: int | None, *, draws: bool) -> None:
+    """ConfigError for an option that would be ignored."""
+    if rank is not None:
+        raise ConfigError("--rank has no meaning with --to safetensors", where="--rank", fix="leave it out")
+    if seed is not None and not draws:
+        raise ConfigError("--seed has no meaning where nothing is drawn", where="--seed", fix="leave it out, or add --rounding stochastic")
 
 
 def _show(report: MergeReport) -> None:

@@ -20,7 +20,7 @@ from finetune.data.render import Renderer
 from finetune.errors import ConfigError, HardwareError, RunInterruptedError, VerificationError
 from finetune.hardware import crowd_size, detect
 from finetune.model.adalora import plan_ranks
-from finetune.model.adapters import count_parameters, trainable
+from finetune.model.adapters import trainable
 from finetune.model.builtin import fingerprint, resolve_model
 from finetune.model.head import causal_model
 from finetune.model.load import load_tokenizer, require_vocabulary
@@ -45,6 +45,7 @@ from finetune.training.checkpoints import (
 from finetune.training.distributed import explained, require_own_launch
 from finetune.training.export import export
 from finetune.training.groups import assign_groups
+from finetune.training.header import started
 from finetune.training.loop import fit
 from finetune.training.metrics import (
     AlreadyFinished,
@@ -55,7 +56,6 @@ from finetune.training.metrics import (
     MetricsFile,
     Observer,
     Preparing,
-    Started,
     StepDone,
     ignore,
 )
@@ -147,7 +147,7 @@ def _train(run: RunDirectory, config: Config, observer: Observer, stop: StopRequ
             observer(CheckpointDamaged(path, error.problems[0].what, run.set_aside(path)))
         if newest:
             load_checkpoint(newest, built.model, parts.optimizer)
-        observer(_started(config, parts, accelerator, start))
+        observer(started(config, parts, accelerator, start))
         opened: AbstractContextManager[list[Any]] = trackers(config.tracking, run) if accelerator.is_main_process else nullcontext([])
         with opened as watching:
             progress = _train_from(start, config, parts, accelerator, _joined(observer, watching), stop)
@@ -294,31 +294,3 @@ def _joined(observer: Observer, watching: list[Any]) -> Observer:
                 tracker.log(scalars(event), step=event.step)
 
     return tell
-
-
-def _kernels(built: Built) -> tuple[str, str]:
-    if built.accelerated is None:
-        return "plain", "stated in train.kernels"
-    return built.accelerated.summary, "where a probe of the model found them exact"
-
-
-def _started(config: Config, parts: Parts, accelerator: Any, start: Start) -> Started:
-    resolved, counts = parts.inputs.resolved, parts.inputs.data.counts
-    return Started(
-        steps=parts.inputs.steps,
-        done=start.progress.step,
-        trainable=sum(parameter.numel() for parameter in trainable(parts.built.model).values()),
-        total=count_parameters(parts.built.model),
-        groups=tuple(group.summary() for group in parts.groups),
-        counts=counts,
-        choices={
-            "precision": (resolved.precision.value, resolved.precision.reason),
-            "tokens a micro-batch": (str(resolved.tokens_per_device.value), resolved.tokens_per_device.reason),
-            **({"strategy": (resolved.strategy.value, resolved.strategy.reason)} if accelerator.num_processes > 1 else {}),
-            **({"optimizer": (resolved.optimizer.value, resolved.optimizer.reason)} if config.optimizer.method == "auto" else {}),
-            "gradient checkpointing": ("on" if resolved.gradient_checkpointing.value else "off", resolved.gradient_checkpointing.reason),
-            "kernels": _kernels(parts.built),
-        },
-        notes=(*start.notes, *parts.built.notes),
-        device=f"{accelerator.num_processes} x {accelerator.device.type}, base {config.quantization.method}",
-    )

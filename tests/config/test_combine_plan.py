@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config.combine import AdapterOutput, Average, Ties, load_plan, plan_shape, weights_of
+from finetune.config.combine import AdapterOutput, Average, Ties, plan_shape, weights_of
+from finetune.config.combine_file import load_plan
 from finetune.config.shape import Block
 from finetune.errors import ConfigError
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from finetune.config.combine import Plan, load_plan, weights_of
+from finetune.config.combine import Plan, weights_of
+from finetune.config.combine_file import load_plan
 from finetune.config.schema import FourBit, NoQuantization
 from finetune.errors import ConfigError, VerificationError
 from finetune.merging.combine_deltas import Combination, Updates

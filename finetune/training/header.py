@@ -1,0 +1,40 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune.config.schema import Config
+from finetune.model.adapters import count_parameters, trainable
+from finetune.training.build import Built
+from finetune.training.metrics import Started
+from finetune.training.records import Parts, Start
+
+
+def _kernels(built: Built) -> tuple[str, str]:
+    if built.accelerated is None:
+        return "plain", "stated in train.kernels"
+    return built.accelerated.summary, "where a probe of the model found them exact"
+
+
+def started(config: Config, parts: Parts, accelerator: Any, start: Start) -> Started:
+    """Length, sizes, groups and every decision with its reason."""
+    resolved, counts = parts.inputs.resolved, parts.inputs.data.counts
+    return Started(
+        steps=parts.inputs.steps,
+        done=start.progress.step,
+        trainable=sum(parameter.numel() for parameter in trainable(parts.built.model).values()),
+        total=count_parameters(parts.built.model),
+        groups=tuple(group.summary() for group in parts.groups),
+        counts=counts,
+        choices={
+            "precision": (resolved.precision.value, resolved.precision.reason),
+            "tokens a micro-batch": (str(resolved.tokens_per_device.value), resolved.tokens_per_device.reason),
+            **({"strategy": (resolved.strategy.value, resolved.strategy.reason)} if accelerator.num_processes > 1 else {}),
+            **({"optimizer": (resolved.optimizer.value, resolved.optimizer.reason)} if config.optimizer.method == "auto" else {}),
+            "gradient checkpointing": ("on" if resolved.gradient_checkpointing.value else "off", resolved.gradient_checkpointing.reason),
+            "kernels": _kernels(parts.built),
+        },
+        notes=(*start.notes, *parts.built.notes),
+        device=f"{accelerator.num_processes} x {accelerator.device.type}, base {config.quantization.method}",
+    )
