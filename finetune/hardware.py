@@ -147,6 +147,18 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
+def peak_memory() -> int:
+    """The most bytes of RAM that this process has had so far (not those of a process that it was started from)."""
+    path = Path("/proc/self/status")
+    for line in path.read_text(encoding="ascii", errors="replace").splitlines() if path.is_file() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if platform.system() == "Darwin" else most * 1024
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a result depends on."""
     found = {"python": platform.python_version()}

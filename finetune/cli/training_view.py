@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.cli import view
+from finetune.data.shown import shown
 
 if TYPE_CHECKING:
     from finetune.config.schema import Config
@@ -95,6 +96,11 @@ class TrainingView:
 
     def _on_evaluated(self, event: Any) -> None:
         self._print(f"step {event.step}: validation loss {event.validation_loss:.4f}" + (" (best)" if event.best else ""))
+
+    def _on_sampled(self, event: Any) -> None:
+        for sample in event.samples:
+            said, answered = (shown(" ".join(text.split()), 60) for text in (sample.prompt, sample.text))
+            view.err.print(Text(f"step {event.step}: {said} -> {answered}"), soft_wrap=True)
 
     def _on_checkpointsaved(self, event: Any) -> None:
         if event.step:

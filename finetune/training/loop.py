@@ -81,8 +81,9 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
     """Optimizer step number ``step`` (0-based)."""
     began = time.perf_counter()
     config, train, accelerator = session.config, session.data.train, session.accelerator
-    indices = global_batch(len(train), config.train.batch_size, config.seed, step)
-    supervised = int(train.supervised[indices].sum())
+    with session.clock.reading():
+        indices = global_batch(len(train), config.train.batch_size, config.seed, step)
+        supervised = int(train.supervised[indices].sum())
     set_rates(session.optimizer, rate_factor(config.schedule, session.steps, step))
     session.scorer.model.train()
     adaptive = isinstance(config.tuning, AdaLora)
@@ -111,6 +112,8 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
         tokens=int(train.lengths[indices].sum()),
         supervised_tokens=supervised,
         seconds=time.perf_counter() - began,
+        input_seconds=session.clock.take(),
+        memory_bytes=session.memory_bytes(),
     )
 
 
@@ -146,7 +149,8 @@ def _backward(session: Session, piece: list[int], seed: int, supervised: float) 
 
 def _loss(session: Session, piece: list[int], supervised: float) -> torch.Tensor:
     """One micro-batch's share of the loss of a step of ``supervised`` tokens."""
-    batch = collate([session.data.train[index] for index in piece])  # on the host, where positions are decided without waiting
+    with session.clock.reading():
+        batch = collate([session.data.train[index] for index in piece])  # on the host, where positions are decided without waiting
     with session.scorer.autocast():
         losses = target_losses(session.scorer.model, batch.ids, batch.attention, batch.supervised)
     return losses.sum() / supervised

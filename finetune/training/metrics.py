@@ -59,6 +59,10 @@ class StepDone:
     """Tokens of the global batch, padding not counted."""
     supervised_tokens: int
     seconds: float
+    input_seconds: float
+    """Of ``seconds``, what the device waited for rows: reading them and laying them out as tensors."""
+    memory_bytes: int
+    """The most so far of this process: resident memory on a CPU, allocated memory of its device on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,24 @@ class Evaluated:
     validation_loss: float
     seconds: float
     best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer of the model as it was after a step."""
+
+    prompt: str
+    text: str
+    """As the model wrote it, nothing escaped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Answers to the same prompts as every time, so that they can be compared over the steps."""
+
+    step: int
+    samples: tuple[Sample, ...]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +118,12 @@ class AlreadyFinished:
     path: Path
 
 
-Event = AlreadyFinished | Preparing | Started | StepDone | Evaluated | CheckpointSaved | CheckpointDamaged
+Row = StepDone | Evaluated | Sampled
+"""What is kept in metrics.jsonl."""
+KINDS: dict[type[Row], str] = {StepDone: "step", Evaluated: "evaluation", Sampled: "sample"}
+"""``kind`` of each row."""
+
+Event = AlreadyFinished | Preparing | Started | Row | CheckpointSaved | CheckpointDamaged
 Observer = Callable[[Event], None]
 
 
@@ -106,7 +133,11 @@ def ignore(event: Event) -> None:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, appended as it happens."""
+    """metrics.jsonl: one JSON object a line, appended as it happens.
+
+    ``kind`` says which of `StepDone`, `Evaluated` and `Sampled` a row is; its other keys are the fields. Rows of older runs lack what came
+    later (``input_seconds``, ``memory_bytes``).
+    """
 
     def __init__(self, run: RunDirectory, from_step: int, *, evaluation_due: bool = False) -> None:
         """Continue after ``from_step``; rows beyond it were written by steps that a kill undid, and are dropped.
@@ -118,9 +149,9 @@ class MetricsFile:
         rows = [row for row in kept if not (evaluation_due and row.get("step") == from_step and row.get("kind") == "evaluation")]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def append(self, event: StepDone | Evaluated) -> None:
+    def append(self, event: Row) -> None:
         """Write one row; a single write call, so that a kill cuts at most the last line."""
-        row = {"kind": "step" if isinstance(event, StepDone) else "evaluation", **asdict(event)}
+        row = {"kind": KINDS[type(event)], **asdict(event)}
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         with writing(self._path):
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

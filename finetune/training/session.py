@@ -10,14 +10,16 @@ import torch
 
 from finetune.config.schema import Config
 from finetune.data.prepare import PreparedData
+from finetune.hardware import peak_memory
 from finetune.model.adapters import trainable
 from finetune.planning.steps import Steps
 from finetune.scoring import Scorer
 from finetune.training.checkpoints import Progress
 from finetune.training.distributed import is_spread
 from finetune.training.groups import ParameterGroup
+from finetune.training.input_clock import InputClock
 from finetune.training.lanes import can_share
-from finetune.training.metrics import Evaluated, StepDone
+from finetune.training.metrics import Row
 
 CALMER = "lower optimizer.learning_rate or lengthen the warm-up; the last checkpoint is intact"
 """What to do about losses that are not finite."""
@@ -34,7 +36,7 @@ class Session:
     optimizer: torch.optim.Optimizer
     groups: list[ParameterGroup]
     accelerator: Any
-    record: Callable[[StepDone | Evaluated], None]
+    record: Callable[[Row], None]
     """Where rows go: metrics.jsonl and whoever watches."""
     save: Callable[[Progress], None]
     """Write a checkpoint."""
@@ -44,11 +46,16 @@ class Session:
 
     shares: bool = field(init=False)
     """Whether cores compute micro-batches of their own, side by side."""
+    clock: InputClock = field(init=False, default_factory=InputClock)
 
     def __post_init__(self) -> None:
         self.parameters = trainable(self.scorer.model)
         self.spread = is_spread(self.scorer.model)
         self.shares = can_share(self.scorer, self.accelerator.num_processes)
+
+    def memory_bytes(self) -> int:
+        """The most that this process has had so far of the memory it computes in."""
+        return torch.cuda.max_memory_allocated(self.scorer.device) if self.scorer.device.type == "cuda" else peak_memory()
 
     def any_device(self, flag: bool) -> bool:
         """Whether ``flag`` is up on any device: all of them decide alike."""

@@ -56,6 +56,7 @@ from finetune.training.metrics import (
     MetricsFile,
     Observer,
     Preparing,
+    Row,
     StepDone,
     ignore,
 )
@@ -252,7 +253,7 @@ def _train_from(start: Start, config: Config, parts: Parts, accelerator: Any, ob
 
     with CheckpointWriter(write, lambda step, path: observer(CheckpointSaved(step, path))) as writer:
 
-        def record(event: StepDone | Evaluated) -> None:
+        def record(event: Row) -> None:
             if metrics is not None:
                 metrics.append(event)
                 observer(event)

@@ -33,6 +33,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WA
 
 AUDITED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.truncate"}
 MOST_RESUMPTIONS = 4
+MEASURED = {"seconds", "input_seconds", "memory_bytes"}
+"""Of a row: differs from run to run."""
 
 
 @dataclass
@@ -270,7 +272,7 @@ class Torture:
         return point
 
     def _result(self, run: Path) -> dict[str, Any]:
-        """What must be equal: the adapter, bit by bit, the rows of metrics.jsonl but for their times, and which files there are."""
+        """What must be equal: the adapter, bit by bit, the rows of metrics.jsonl but for times and memory, and which files there are."""
         from finetune.sealed import verify
 
         for manifest in run.rglob("MANIFEST.json"):
@@ -279,7 +281,7 @@ class Torture:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         return {
             "adapter": hashes["adapter_model.safetensors"],
-            "metrics": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
+            "metrics": [{key: value for key, value in row.items() if key not in MEASURED} for row in rows],
             "files": sorted(str(path.relative_to(run)) for path in run.rglob("*")),
         }
 

@@ -14,7 +14,7 @@ from finetune.errors import HardwareError
 from finetune.training.metrics import Evaluated, StepDone
 from finetune.training.tracking import require_trackers, scalars
 
-STEP = StepDone(3, 0.5, 1.25, 0.1, {"mlp": 0.01, "attention": 0.005}, 100, 60, 2.0)
+STEP = StepDone(3, 0.5, 1.25, 0.1, {"mlp": 0.01, "attention": 0.005}, 100, 60, 2.0, 0.01, 2**30)
 
 
 def test_rows_become_numbers_by_kind() -> None:

@@ -1,0 +1,31 @@
+"""How long a step waited for its rows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InputClock:
+    """Adds up what each thread spends on reading rows; lanes of a step read at the same time."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count the block for the thread that runs it."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            thread = threading.get_ident()
+            self._seconds[thread] = self._seconds.get(thread, 0.0) + time.perf_counter() - began
+
+    def take(self) -> float:
+        """Seconds of the thread that read longest since the last call."""
+        longest = max(self._seconds.values(), default=0.0)
+        self._seconds.clear()
+        return longest
