@@ -19,6 +19,16 @@ from finetune.config.data import (
     ValidationSplit,
 )
 from finetune.config.distributed import Distributed
+from finetune.config.evaluation import (
+    ChoicesTask,
+    Evaluation,
+    ForgettingTask,
+    GenerateTask,
+    HarnessTask,
+    KnowledgeTask,
+    LossTask,
+    Task,
+)
 from finetune.config.optimizer import ROLES, Galore, Group, Optimizer, Schedule
 from finetune.config.section import Count, Positive, Section
 from finetune.config.tuning import (
@@ -51,6 +61,7 @@ __all__ = [
     "ROLES",
     "AdaLora",
     "Bitfit",
+    "ChoicesTask",
     "ComputeDtype",
     "Config",
     "Data",
@@ -65,7 +76,9 @@ __all__ = [
     "Full",
     "Galore",
     "GaussianInit",
+    "GenerateTask",
     "Group",
+    "HarnessTask",
     "Houlsby",
     "HubSource",
     "Ia3",
@@ -199,43 +212,6 @@ class Train(Section):
     """When state is saved."""
     early_stopping: EarlyStopping | None = None
     """Null: run to the end."""
-
-
-# --- evaluation ----------------------------------------------------------------------------------------------------------------------
-
-
-class LossTask(Section):
-    """Negative log-likelihood and perplexity of the validation rows over supervised tokens."""
-
-    task: Literal["loss"]
-
-
-class KnowledgeTask(Section):
-    """Closed-book questions about the ICD-10-CM facts of `data.train`, in wordings never trained."""
-
-    task: Literal["knowledge"]
-    questions_per_fact: Annotated[int, Field(ge=1, le=3)] = 1
-    """Wordings asked for each fact."""
-    generate: bool = True
-    """Also let the model answer freely and compare (exact match)."""
-
-
-class ForgettingTask(Section):
-    """What became of general English: loss on general text, and four-way choice on general questions."""
-
-    task: Literal["forgetting"]
-
-
-Task = Annotated[LossTask | KnowledgeTask | ForgettingTask, Field(discriminator="task")]
-
-
-class Evaluation(Section):
-    """What `finetune eval RUN` measures, for the base and the tuned model side by side."""
-
-    tasks: Annotated[tuple[Task, ...], Field(min_length=1)] = (LossTask(task="loss"), ForgettingTask(task="forgetting"))
-    """Measured in this order."""
-    samples: Annotated[int, Field(ge=0, le=50)] = 3
-    """Questions whose answers, before and after, are shown."""
 
 
 # --- the rest ------------------------------------------------------------------------------------------------------------------------
