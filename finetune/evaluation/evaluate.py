@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from finetune.config.schema import Config, ForgettingTask, Icd10cm, KnowledgeTas
 from finetune.data.render import Example
 from finetune.errors import ConfigError
 from finetune.evaluation import forgetting, knowledge
-from finetune.evaluation.results import LOFTQ_BASE, RESULTS, Figure, Measurement, Results, Sample, side_by_side
+from finetune.evaluation.comparison import Measurement, side_by_side
+from finetune.evaluation.results import LOFTQ_BASE, RESULTS, Figure, Results, Sample
+from finetune.evaluation.statistics import ratio
 from finetune.evaluation.systems import System, base_and_tuned, directory_system
 from finetune.finished import FinishedRun, load_run
 from finetune.runs import RunDirectory
@@ -41,16 +42,19 @@ def evaluate(run: RunDirectory, config: Config, models: Sequence[Path] = (), pro
     measuring = _Measuring(config, finished, finished.rows if finished.has_validation else ())
     figures: list[Figure] = []
     samples: list[Sample] = []
+    everything: dict[str, dict[str, Measurement]] = {}
     for task in config.evaluation.tasks:
         if isinstance(task, LossTask) and not measuring.validation:
             continue
         measured = {system.name: _measure(task, system, measuring, progress) for system in systems}
+        everything[task.task] = measured
         found = side_by_side(task.task, measured)
         figures += found[0]
         samples += found[1]
     names = tuple(system.name for system in systems)
     notes = (LOFTQ_BASE,) if finished.loftq else ()
-    results = Results(str(run.path), names, tuple(figures), tuple(samples), time.perf_counter() - began, notes)
+    headlines = knowledge.headlines(everything)
+    results = Results(str(run.path), names, tuple(figures), tuple(samples), time.perf_counter() - began, notes, headlines)
     run.evaluations.mkdir(exist_ok=True)
     write_json(run.evaluations / RESULTS, results.as_dict())
     return results
@@ -74,14 +78,14 @@ def _measure(task: Task, system: System, measuring: _Measuring, progress: Progre
     with system.using():
         match task:
             case LossTask():
-                loss = system.scorer.mean_loss(measuring.validation, advance)
-                n = len(measuring.validation)
+                rows = range(len(measuring.validation))
+                totals = dict(system.scorer.losses(measuring.validation, advance))
+                parts = ([float(totals[row].sum()) for row in rows], [len(totals[row]) for row in rows])
                 return Measurement(
-                    {
-                        ("validation: loss", "nats/token", n, "lower"): loss,
-                        ("validation: perplexity", "", n, "lower"): math.exp(loss),
-                    },
-                    {},
+                    (
+                        ratio("validation: loss", "nats/token", "lower", parts, rows),
+                        ratio("validation: perplexity", "", "lower", parts, rows, "exp"),
+                    )
                 )
             case KnowledgeTask():
                 asked = [question for source in _facts(measuring.config) for question in knowledge.ask(source, task.questions_per_fact)]

@@ -1,8 +1,8 @@
-"""Figures side by side, and the answers that go with them."""
+"""Figures side by side with how sure they are, and the answers that go with them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from finetune.errors import VerificationError
@@ -11,12 +11,26 @@ from finetune.sealed import read_json
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """How a system differs from the first one on the same items."""
+
+    difference: float
+    low: float | None
+    """95 % interval of the difference; None where there are too few items for one."""
+    high: float | None
+    p: float | None
+    """Two-sided."""
+    verdict: str
+    """``better``, ``worse``, ``no difference seen with n=24``; ``higher`` or ``lower`` where no change was wanted."""
+
+
+@dataclass(frozen=True, slots=True)
 class Figure:
     """One measured quantity for every system."""
 
     task: str
     name: str
-    """Such as ``trained facts, answer loss``."""
+    """Such as ``trained facts: answer loss``."""
     unit: str
     """``nats/token`` or ``share``; empty for a plain number."""
     n: int
@@ -25,6 +39,25 @@ class Figure:
     """By system."""
     better: str
     """``lower``, ``higher``, or ``same`` where no change is wanted."""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % bootstrap interval by system; empty where there are too few items, and in files of older versions."""
+    changes: dict[str, Change] = field(default_factory=dict)
+    """Against the first system, by every other one; empty in files of older versions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """A conclusion that rests on several figures, such as what trained facts gained beyond facts never trained."""
+
+    name: str
+    """``style``, ``substance``, ``extraction gap`` or ``efficiency``."""
+    measure: str
+    """The figure that it is taken from, such as ``answer loss``."""
+    unit: str
+    better: str
+    """As of a figure; ``same`` for style, which is no aim of its own."""
+    system: str
+    change: Change
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +83,7 @@ class Results:
     seconds: float
     notes: tuple[str, ...] = ()
     """What a reader of the figures must know, such as what the base is."""
+    headlines: tuple[Headline, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For eval/*.json and `--json`."""
@@ -58,14 +92,19 @@ class Results:
     @property
     def headline(self) -> str | None:
         """What was learned in a sentence: style is what facts never trained gain, substance what trained facts gain beyond it."""
-        changes = {figure.name: figure.values["tuned"] - figure.values["base"] for figure in self.figures}
+        if len(self.systems) < 2:
+            return None
+        first, second = self.systems[:2]
+        changes = {figure.name: figure.values[second] - figure.values[first] for figure in self.figures}
         trained, control = changes.get("all trained facts: answer loss"), changes.get("never trained (control): answer loss")
         if trained is None or control is None:
             return None
-        return (
-            f"The answer loss of trained facts changed by {trained:+.2f} nats a token, that of facts never trained by {control:+.2f}: "
-            f"{control:+.2f} is style, {trained - control:+.2f} is knowledge."
-        )
+        said = f"The answer loss of trained facts changed by {trained:+.2f} nats a token, that of facts never trained by {control:+.2f}: "
+        known = next((one.change for one in self.headlines if one.name == "substance" and one.system == second), None)
+        if known is None or known.low is None:
+            return f"{said}{control:+.2f} is style, {trained - control:+.2f} is knowledge."
+        range_ = f"(95 % interval {known.low:+.2f} to {known.high:+.2f}; {known.verdict})"
+        return f"{said}{control:+.2f} is style, {known.difference:+.2f} is knowledge {range_}."
 
 
 LOFTQ_BASE = "base: the model before its first step, LoftQ's correction included"
@@ -82,28 +121,19 @@ def read_results(run: RunDirectory) -> Results | None:
         return None
     found = read_json(path)
     try:
-        figures = tuple(Figure(**figure) for figure in found["figures"])
-        samples = tuple(Sample(**sample) for sample in found["samples"])
-        return Results(found["run"], tuple(found["systems"]), figures, samples, found["seconds"], tuple(found.get("notes", ())))
-    except (KeyError, TypeError) as error:
+        return _results(found)
+    except (KeyError, TypeError, ValueError) as error:
         raise VerificationError(f"the stored results are damaged: {error}", where=str(path), fix="run `finetune eval` again") from error
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """What one task found for one system: (name, unit, n, better) -> value, and answers by question."""
-
-    values: dict[tuple[str, str, int, str], float]
-    answers: dict[tuple[str, str, str], str]
-    """(kind, question, expected) -> answer."""
+def _results(found: dict[str, Any]) -> Results:
+    figures = tuple(_figure(figure) for figure in found["figures"])
+    samples = tuple(Sample(**sample) for sample in found["samples"])
+    headlines = tuple(Headline(**(one | {"change": Change(**one["change"])})) for one in found.get("headlines", ()))
+    return Results(found["run"], tuple(found["systems"]), figures, samples, found["seconds"], tuple(found.get("notes", ())), headlines)
 
 
-def side_by_side(task: str, measured: dict[str, Measurement]) -> tuple[list[Figure], list[Sample]]:
-    """Join the measurements of all systems on equal questions."""
-    first = next(iter(measured.values()))
-    figures = [
-        Figure(task, name, unit, n, {system: found.values[name, unit, n, better] for system, found in measured.items()}, better)
-        for name, unit, n, better in first.values
-    ]
-    samples = [Sample(*key, {system: found.answers[key] for system, found in measured.items()}) for key in first.answers]
-    return figures, samples
+def _figure(stored: dict[str, Any]) -> Figure:
+    intervals = {system: (low, high) for system, (low, high) in stored.get("intervals", {}).items()}
+    changes = {system: Change(**change) for system, change in stored.get("changes", {}).items()}
+    return Figure(**(stored | {"intervals": intervals, "changes": changes}))

@@ -1,0 +1,33 @@
+"""What one task measured for each system, joined into figures with intervals and verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from finetune.evaluation.results import Figure, Sample
+from finetune.evaluation.statistics import Quantity, compare
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one task found for one system. Every system's has the same quantities and questions, in the same order."""
+
+    quantities: tuple[Quantity, ...]
+    answers: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    """(kind, question, expected) -> answer."""
+
+    def named(self, name: str) -> Quantity | None:
+        """The quantity of that name; None where it was not measured."""
+        return next((one for one in self.quantities if one.name == name), None)
+
+
+def side_by_side(task: str, measured: Mapping[str, Measurement]) -> tuple[list[Figure], list[Sample]]:
+    """Join the measurements of all systems, the first of which is what the others are held against."""
+    first = next(iter(measured.values()))
+    figures = []
+    for place, one in enumerate(first.quantities):
+        found = compare({system: measurement.quantities[place] for system, measurement in measured.items()})
+        figures.append(Figure(task, one.name, one.unit, one.n, found.values, one.better, found.intervals, found.changes))
+    samples = [Sample(*key, {system: found.answers[key] for system, found in measured.items()}) for key in first.answers]
+    return figures, samples
