@@ -6,7 +6,7 @@ need torch load it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
@@ -65,13 +65,21 @@ def padding_share(config: Config, inputs: Inputs) -> float:
     return expected(inputs.data.train.lengths.tolist(), config, inputs.resolved.tokens_per_device.value)
 
 
-def train(config: Config, observer: Observer | None = None, *, resume: bool = False, accept: Sequence[str] = ()) -> RunDirectory:
-    """Train as ``config`` says; returns the finished run directory. ``accept``: keys that may have changed since it was begun."""
+def train(
+    config: Config,
+    observer: Observer | None = None,
+    *,
+    resume: bool = False,
+    accept: Sequence[str] = (),
+    origins: Mapping[str, object] | None = None,
+) -> RunDirectory:
+    """Train as ``config`` says; returns the finished run directory. ``accept``: keys that may have changed since it was begun;
+    ``origins``: where its values came from (`load_config(...).origins`), which the run's report shows."""
     _prepare_process()
     from finetune.training.metrics import ignore
     from finetune.training.train import train as run_training
 
-    return run_training(config, observer or ignore, resume=resume, accept=accept)
+    return run_training(config, observer or ignore, resume=resume, accept=accept, origins=origins)
 
 
 def launch(arguments: Sequence[str], devices: int | None) -> int | None:

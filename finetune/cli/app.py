@@ -89,7 +89,8 @@ def train(
     for note in unusual_rates(loaded.config) if is_first() else ():
         view.note(f"note: {note}")
     with TrainingView(loaded.config).running() as watching:
-        run = api.train(loaded.config, watching if is_first() else None, resume=resume, accept=accept or ())
+        watcher = watching if is_first() else None
+        run = api.train(loaded.config, watcher, resume=resume, accept=accept or (), origins=loaded.origins)
     if is_first():
         api.report(run.path)
         view.path(next_steps(run, api.load_config(run.config).config.tuning))

@@ -27,7 +27,12 @@ def show_config(config: Config, origins: Mapping[str, object], reasons: Mapping[
 
 def leaves(config: Config) -> dict[KeyPath, Plain]:
     """Every value that holds no other value; a list of words or numbers is one value."""
-    return dict(_walk(_dumped(config), ()))
+    return flat(_dumped(config))
+
+
+def flat(value: Plain) -> dict[KeyPath, Plain]:
+    """The same of plain values that no schema was laid over."""
+    return dict(_walk(value, ()))
 
 
 def _dumped(config: Config) -> Plain:

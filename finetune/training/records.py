@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.config.dump import dump_config
+from finetune.config.origins import record_origins
 from finetune.config.schema import Config
 from finetune.data.stored import save_rows
 from finetune.errors import ConfigError
@@ -48,6 +49,16 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for beside the configuration."""
+
+    accept: Sequence[str] | None
+    """Names of what may have changed; None for a new run."""
+    origins: Mapping[str, object] | None
+    """Of the configuration's values, by dotted path; None where a program put it together."""
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """Where a run begins or goes on."""
 
@@ -60,6 +71,8 @@ class Start:
     """Whether there is no checkpoint yet."""
     notes: tuple[str, ...] = ()
     """What is special about this start."""
+    origins: Mapping[str, object] | None = None
+    """Of the configuration's values, by dotted path; None where a program put it together."""
 
 
 def begin(start: Start, config: Config, parts: Parts, accelerator: Any) -> Start:
@@ -95,6 +108,7 @@ def _create(start: Start, config: Config, parts: Parts, accelerator: Any) -> Non
     began = datetime.now(UTC).isoformat()
     records = environment() | {"run_id": uuid.uuid4().hex, "started": began, "seed": config.seed, "identity": start.identity}
     records |= {"computed_in": inputs.resolved.types(), "rows_sha256": sha256_of(run.rows)}
+    records |= {"origins": record_origins(config, start.origins, {})}
     write_json(run.environment, records | {"sessions": [session_record(began, start.progress, accelerator.num_processes, (), ())]})
 
 
@@ -116,6 +130,7 @@ def _continue(start: Start, config: Config, parts: Parts, accelerator: Any) -> N
     # environment.json last: after a kill in between, it names the changes as still to be made
     _write_settings(run, config, parts)
     records |= {"identity": start.identity, "rows_sha256": sha256_of(run.rows)}
+    records |= {"origins": record_origins(config, start.origins, records.get("origins", {}))}
     session = session_record(datetime.now(UTC).isoformat(), progress, accelerator.num_processes, changes, notes)
     write_json(run.environment, records | {"sessions": [*sessions, session]})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +62,7 @@ from finetune.training.metrics import (
 )
 from finetune.training.optimizer import build_optimizer
 from finetune.training.probe import probe_gpu
-from finetune.training.records import Parts, Start, begin, require_room, run_id
+from finetune.training.records import Parts, Request, Start, begin, require_room, run_id
 from finetune.training.resume import identity, same_settings
 from finetune.training.session import Session
 from finetune.training.sharding import shard
@@ -95,26 +95,34 @@ def gather(config: Config, progress: Callable[[str, int, int], None] = lambda *_
     return Inputs(base, renderer, data, resolve(config, detect(), crowd), count_steps(config, len(data.train)))
 
 
-def train(config: Config, observer: Observer = ignore, *, resume: bool = False, accept: Sequence[str] = ()) -> RunDirectory:
+def train(
+    config: Config,
+    observer: Observer = ignore,
+    *,
+    resume: bool = False,
+    accept: Sequence[str] = (),
+    origins: Mapping[str, object] | None = None,
+) -> RunDirectory:
     """Train as ``config`` says and return the run directory; with ``resume`` continue the run that lies there.
 
-    ``accept`` names what may have changed since it was started. Raises the errors of `finetune.errors`; whatever is wrong with
-    configuration, data or targets is known before anything is written. RunInterruptedError after SIGINT, SIGTERM or SIGUSR1, in any phase.
+    ``accept`` names what may have changed since it was started; ``origins``, by dotted path, are recorded. Raises the errors of
+    `finetune.errors`; whatever is wrong with configuration, data or targets is known before anything is written. RunInterruptedError
+    after SIGINT, SIGTERM or SIGUSR1, in any phase.
     """
     run = RunDirectory(Path(config.output))
     if accept and not resume:
         raise ConfigError("--accept goes with --resume", where=f"--accept {accept[0]}", fix="leave it out: a new run has nothing to accept")
     with stop_on_signals() as stop, explained(stop):
         try:
-            return _train(run, config, observer, stop, accept if resume else None)
+            return _train(run, config, observer, stop, Request(accept if resume else None, origins))
         except Interruption as signal:
             begun = run.environment.is_file()
             fix = f"finetune train {run.config} --resume" if begun else "nothing was begun: run the same command again"
             raise RunInterruptedError("stopped by a signal", signal_number=signal.number, where=str(run.path), fix=fix) from None
 
 
-def _train(run: RunDirectory, config: Config, observer: Observer, stop: StopRequest, accept: Sequence[str] | None) -> RunDirectory:
-    """``accept`` None: a new run."""
+def _train(run: RunDirectory, config: Config, observer: Observer, stop: StopRequest, request: Request) -> RunDirectory:
+    accept = request.accept
     with ExitStack() as held:
         if accept is None:
             require_free(run.path)
@@ -143,7 +151,7 @@ def _train(run: RunDirectory, config: Config, observer: Observer, stop: StopRequ
             require_room(run, config, parts)
             held.enter_context(locked(run.path) if accept is None else nullcontext())
         progress = read_progress(newest, run_id(run)) if newest else Progress()
-        start = begin(Start(run, progress, accept, now, preflight=newest is None), config, parts, accelerator)
+        start = begin(Start(run, progress, accept, now, preflight=newest is None, origins=request.origins), config, parts, accelerator)
         for path, error in damaged if accelerator.is_main_process else ():  # only now: a resumption that is refused changes nothing
             observer(CheckpointDamaged(path, error.problems[0].what, run.set_aside(path)))
         if newest:
