@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import subprocess
 import warnings
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -18,6 +19,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _KERNELS_KEPT = "256"
 """oneDNN compiles a kernel for each new shape of a product (1 ms), which takes 0.65 MB; its own limit of 1,024 is 0.7 GB. A micro-batch
 needs about 80, of which those of attention are the same for every micro-batch."""
+_PATIENCE_S = 5.0
+"""For NVIDIA's tool, which takes a second where the driver sleeps."""
+_BF16_CAPABILITY = 8.0
+"""Of NVIDIA GPUs that multiply bf16 matrices: Ampere and later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,37 @@ def detect() -> Machine:
             torch.cuda.is_bf16_supported(including_emulation=False),
         )
     return Machine("cpu", _cpu_name(), os.cpu_count() or 1, host_memory(), _cpu_has_bf16())
+
+
+def survey() -> Machine:
+    """The machine as its driver and kernel tell of it, without torch: at once, and as good as `detect` for a plan."""
+    found = _visible(_nvidia())
+    if found:
+        name, mebibytes, capability = found[0]
+        return Machine("cuda", name, len(found), int(mebibytes) * 2**20, bf16=float(capability) >= _BF16_CAPABILITY)
+    return Machine("cpu", _cpu_name(), os.cpu_count() or 1, host_memory(), _cpu_has_bf16())
+
+
+def _nvidia() -> list[tuple[str, ...]]:
+    """(name, MiB, compute capability) of every GPU that NVIDIA's tool lists; none where there is no such tool or it finds no driver."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [tuple(field.strip() for field in line.split(",")) for line in done.stdout.splitlines()]
+    return [row for row in rows if len(row) == 3 and row[1].isdigit() and re.fullmatch(r"\d+\.\d+", row[2])]
+
+
+def _visible(gpus: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Those that CUDA_VISIBLE_DEVICES leaves: by number; of names, of which the tool's list knows nothing, as many as are named."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return gpus
+    parts = [part.strip() for part in chosen.split(",")]
+    if any(part.startswith(("GPU-", "MIG-")) for part in parts):
+        return gpus[: len(parts)]
+    return [gpus[int(part)] for part in parts if part.isdigit() and int(part) < len(gpus)]
 
 
 def crowd_size() -> tuple[int, int]:
