@@ -18,7 +18,7 @@ from finetune.analysis.similarity import Of, Similarity, compare
 from finetune.analysis.update_spectra import Directions, amplification, directions, effective_rank
 from finetune.config.schema import Config, EvaInit, Full, Lora
 from finetune.errors import VerificationError
-from finetune.model.targets import kind_of, layer_of
+from finetune.planning.targets import kind_of, layer_of
 from finetune.runs import RunDirectory
 
 _SHOWN_VALUES = 16

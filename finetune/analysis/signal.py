@@ -11,7 +11,7 @@ from finetune.analysis.checks import require_share
 from finetune.analysis.plot import Line, LinePanel
 from finetune.model.builtin import resolve_model
 from finetune.model.spectrum import ModuleSpectrum, spectra
-from finetune.model.targets import chosen, kind_of, layer_of, ranked
+from finetune.planning.targets import chosen, kind_of, layer_of, ranked
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from finetune.model.targets import kind_of, layer_of
+from finetune.planning.targets import kind_of, layer_of
 
 Of = Literal["A", "update"]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from finetune.config.schema import AdaLora
 from finetune.errors import ConfigError, VerificationError
+from finetune.planning.ranks import init_rank
 
 FILE = "adalora.safetensors"
 """Smoothed importance of every weight, beside a checkpoint's optimizer state."""
@@ -54,11 +55,6 @@ def adalora_config(tuning: AdaLora, targets: list[str]) -> AdaLoraConfig:
 def is_adalora(model: Any) -> bool:
     """Whether ``model`` carries an AdaLoRA adapter."""
     return isinstance(model, PeftModel) and model.peft_config[_ADAPTER].peft_type == PeftType.ADALORA
-
-
-def init_rank(tuning: AdaLora) -> int:
-    """Rank of every module at the start: stated, or one and a half times the target."""
-    return tuning.init_rank if tuning.init_rank is not None else max(tuning.rank + 1, math.ceil(1.5 * tuning.rank))
 
 
 def plan_ranks(model: Any, tuning: AdaLora, steps: int) -> None:

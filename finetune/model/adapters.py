@@ -30,8 +30,9 @@ from finetune.model.head import accept_wide_inputs
 from finetune.model.methods import Given, Peft, begin, peft_config
 from finetune.model.parts import Own
 from finetune.model.quantize import keep_int8_scales
-from finetune.model.targets import chosen, linear_modules, refuse_fused_experts
+from finetune.model.targets import linear_modules, refuse_fused_experts
 from finetune.model.tied import tie
+from finetune.planning.targets import chosen
 
 WEIGHTS = parts.WEIGHTS
 

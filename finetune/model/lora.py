@@ -3,65 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig
 
 from finetune.config.schema import Lora
-from finetune.errors import ConfigError, Problem
+from finetune.errors import ConfigError
 from finetune.model.targets import embedding_module, find_targets
 from finetune.model.tokens import is_tied
+from finetune.planning.ranks import Strength, strengths
 
 ADAPTER = "default"
 """PEFT's name of the one adapter that a model carries here."""
 
 _PEFT_INIT: dict[str, bool | str] = {"gaussian": "gaussian"}
 """Starts that PEFT draws. The others are written over its default one, once the adapter is there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Strength:
-    """Rank and alpha of the adapter of one module: h = Wx + s BAx with s = alpha/r (2106.09685), or alpha/sqrt(r) (2312.03732)."""
-
-    rank: int
-    alpha: float
-
-
-def strengths(names: Iterable[str], tuning: Lora) -> dict[str, Strength]:
-    """Rank and alpha of each module of ``names`` (full names in the base model), as the patterns of ``tuning`` say.
-
-    A pattern is searched in the full name; the first that is found decides. ConfigError: a pattern decides for no module.
-    """
-    found = list(names)
-    ranks, problems = _decided(found, tuning.rank_pattern, "rank_pattern")
-    alphas, more = _decided(found, tuning.alpha_pattern, "alpha_pattern")
-    if problems + more:
-        raise ConfigError.from_problems(problems + more)
-    return {name: Strength(int(ranks.get(name, tuning.rank)), float(alphas.get(name, tuning.alpha))) for name in found}
-
-
-def _decided(names: list[str], patterns: Mapping[str, float], key: str) -> tuple[dict[str, float], list[Problem]]:
-    """(value by module name, what is wrong with the patterns)."""
-    values: dict[str, float] = {}
-    problems = []
-    for pattern, value in patterns.items():
-        try:
-            matching = [name for name in names if re.search(pattern, name)]
-        except re.error as error:
-            problems.append(Problem(f"{pattern!r} is no regular expression: {error}", f"tuning.{key}", "escape dots as `\\.`"))
-            continue
-        new = [name for name in matching if name not in values]
-        values.update(dict.fromkeys(new, value))
-        if not matching:
-            kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-            what = f"no target module matches {pattern!r}"
-            problems.append(Problem(what, f"tuning.{key}", f"The targets are {kinds}; a full name reads {names[0]}"))
-        elif not new:
-            what = f"{pattern!r} decides nothing: earlier patterns match all of its {len(matching)} modules"
-            problems.append(Problem(what, f"tuning.{key}", "put it first, or remove it"))
-    return values, problems
 
 
 def patterns(modules: Mapping[str, Strength], usual: Strength) -> dict[str, dict[str, Any]]:

@@ -18,17 +18,10 @@ from finetune.model.load import load_tokenizer
 from finetune.model.lora import lora_config
 from finetune.model.targets import find_targets, linear_modules
 from finetune.model.tied import as_lora
+from finetune.planning.targets import scaled_by_ia3
 
 Peft = Lora | TiedLora | AdaLora | Vera | Ia3 | Prompt | Prefix | Norm
 """The methods that PEFT's modules carry, and whose adapters PEFT loads."""
-
-_KEYS_AND_VALUES = (
-    frozenset({"k_proj", "v_proj", "k", "v", "key", "value", "k_lin", "v_lin"}),
-    # one matrix makes queries, keys and values: its output is scaled as a whole
-    frozenset({"qkv_proj", "query_key_value", "Wqkv", "c_attn"}),
-)
-_INNER = frozenset({"down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out", "wo"})
-"""Linear layers that read the inner activation of the MLP. Fused experts are no linear layers and have none."""
 
 _TASK = "CAUSAL_LM"
 
@@ -115,16 +108,7 @@ def _keys_and_values(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _ia3(model: Any) -> IA3Config:
-    kinds = {name: name.rpartition(".")[2] for name in linear_modules(model)}
-    attention = next((found for kind in _KEYS_AND_VALUES if (found := [name for name in kinds if kinds[name] in kind])), [])
-    inner = [name for name in kinds if kinds[name] in _INNER or name.endswith(".mlp.c_proj")]
-    if not attention or not inner:
-        raise ConfigError(
-            f"ia3 scales keys, values and the inner activation of the MLP, and this model's {'MLP' if attention else 'attention'} has no "
-            "linear layer by a name that is known",
-            where="tuning.method",
-            fix=f"use `method: lora`; the model has {', '.join(sorted(set(kinds.values())))}",
-        )
+    attention, inner = scaled_by_ia3(linear_modules(model))
     return IA3Config(task_type=_TASK, target_modules=[*attention, *inner], feedforward_modules=inner)
 
 

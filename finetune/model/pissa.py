@@ -30,9 +30,10 @@ from finetune.errors import ConfigError, VerificationError
 from finetune.model.adapters import WEIGHTS
 from finetune.model.computed_start import Computed, Progress, StartReport, apply_start
 from finetune.model.correction import MOVED, Corrections, Factors, ModuleCorrection
-from finetune.model.lora import ADAPTER, Strength, lora_layers, patterns
+from finetune.model.lora import ADAPTER, lora_layers, patterns
 from finetune.model.low_rank import padded, truncated_svd
 from finetune.model.quantize import is_quantized
+from finetune.planning.ranks import Strength
 
 
 def principal(weight: Tensor, rank: int, scale: float, *, exact: bool = False) -> Factors:

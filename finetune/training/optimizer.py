@@ -10,9 +10,9 @@ import torch
 
 from finetune.config.schema import Galore, Optimizer, Schedule
 from finetune.errors import HardwareError
+from finetune.planning.groups import ParameterGroup
 from finetune.planning.steps import Steps
 from finetune.training.galore import GaLore
-from finetune.training.groups import ParameterGroup
 from finetune.training.lion import Lion
 
 Groups = list[dict[str, Any]]

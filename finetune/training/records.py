@@ -16,12 +16,12 @@ from finetune.config.schema import Config
 from finetune.data.stored import save_rows
 from finetune.errors import ConfigError
 from finetune.hardware import environment
+from finetune.planning.groups import ParameterGroup
 from finetune.runs import RunDirectory, create_run, sweep
 from finetune.sealed import bytes_below, read_json, replaced, require_space, sha256_of, write_json, write_text, writing
 from finetune.training.build import Built
 from finetune.training.checkpoints import Progress, checkpoint_bytes
 from finetune.training.distributed import require_shared
-from finetune.training.groups import ParameterGroup
 from finetune.training.resume import adjusted, reconcile, session_record, steps_on_disk, stretched
 
 if TYPE_CHECKING:

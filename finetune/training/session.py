@@ -12,11 +12,11 @@ from finetune.config.schema import Config
 from finetune.data.prepare import PreparedData
 from finetune.hardware import peak_memory
 from finetune.model.adapters import trainable
+from finetune.planning.groups import ParameterGroup
 from finetune.planning.steps import Steps
 from finetune.scoring import Scorer
 from finetune.training.checkpoints import Progress
 from finetune.training.distributed import is_spread
-from finetune.training.groups import ParameterGroup
 from finetune.training.input_clock import InputClock
 from finetune.training.lanes import can_share
 from finetune.training.metrics import Row

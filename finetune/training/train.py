@@ -26,6 +26,7 @@ from finetune.model.head import causal_model
 from finetune.model.load import load_tokenizer, require_vocabulary
 from finetune.model.packing import enable_packing
 from finetune.model.tokens import token_ids
+from finetune.planning.groups import assign_groups
 from finetune.planning.resolve import Resolved, resolve
 from finetune.planning.steps import Steps, count_steps
 from finetune.planning.strategy import Crowd, read_weights
@@ -44,7 +45,6 @@ from finetune.training.checkpoints import (
 )
 from finetune.training.distributed import explained, require_own_launch
 from finetune.training.export import export
-from finetune.training.groups import assign_groups
 from finetune.training.header import started
 from finetune.training.loop import fit
 from finetune.training.metrics import (

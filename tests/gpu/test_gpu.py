@@ -20,8 +20,8 @@ from finetune.model import fast_lora, fast_norm
 from finetune.model.head import causal_model, target_losses
 from finetune.model.load import load_base
 from finetune.model.packing import enable_packing
+from finetune.planning.groups import assign_groups
 from finetune.training.checkpoints import load_optimizer_state, optimizer_state
-from finetune.training.groups import assign_groups
 from finetune.training.optimizer import build_optimizer
 
 LENGTHS = (70, 3, 130, 64, 2, 65)

@@ -18,7 +18,7 @@ from finetune.errors import ConfigError, VerificationError
 from finetune.model import spectrum
 from finetune.model.builtin import BUILTIN, resolve_model
 from finetune.model.spectrum import measure, ratios, ratios_for, spectra
-from finetune.model.targets import chosen, kind_of, ranked
+from finetune.planning.targets import chosen, kind_of, ranked
 
 
 def planted(d_out: int, d_in: int, rank: int, strength: float, seed: int) -> torch.Tensor:

@@ -13,7 +13,8 @@ from finetune.config.schema import Full, Lora
 from finetune.errors import ConfigError, VerificationError
 from finetune.model.adapters import attach
 from finetune.model.methods import Given
-from finetune.model.targets import chosen, find_targets
+from finetune.model.targets import find_targets
+from finetune.planning.targets import chosen
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

@@ -23,6 +23,7 @@ from finetune.errors import ConfigError, DivergedError, HardwareError, RunInterr
 from finetune.hardware import detect
 from finetune.model.adalora import plan_ranks
 from finetune.model.adapters import trainable
+from finetune.planning.groups import assign_groups
 from finetune.planning.resolve import resolve
 from finetune.planning.steps import count_steps
 from finetune.runs import RunDirectory
@@ -39,7 +40,6 @@ from finetune.training.checkpoints import (
     take_snapshot,
     write_checkpoint,
 )
-from finetune.training.groups import assign_groups
 from finetune.training.loop import fit
 from finetune.training.optimizer import build_optimizer
 from finetune.training.session import Session

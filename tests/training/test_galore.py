@@ -9,8 +9,8 @@ import torch
 
 from finetune.config.schema import Optimizer
 from finetune.errors import ConfigError
+from finetune.planning.groups import assign_groups
 from finetune.training.galore import GaLore, project, project_back, subspace
-from finetune.training.groups import assign_groups
 from finetune.training.optimizer import build_optimizer
 
 SMOLLM2_LAYER = {

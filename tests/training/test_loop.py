@@ -30,12 +30,12 @@ from finetune.model.adapters import attach, trainable
 from finetune.model.fast import accelerate
 from finetune.model.head import causal_model, head_kind, target_losses
 from finetune.model.load import load_base
+from finetune.planning.groups import assign_groups
 from finetune.planning.steps import count_steps
 from finetune.scoring import Scorer
 from finetune.sealed import verify
 from finetune.training.batching import global_batch
 from finetune.training.checkpoints import Progress
-from finetune.training.groups import assign_groups
 from finetune.training.loop import _backward, _optimizer_step, fit
 from finetune.training.metrics import StepDone
 from finetune.training.optimizer import build_optimizer

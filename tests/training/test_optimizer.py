@@ -18,9 +18,9 @@ from torch import Tensor
 from finetune.config.load import load_config
 from finetune.config.schema import Optimizer, Schedule
 from finetune.errors import ConfigError, HardwareError
+from finetune.planning.groups import assign_groups
 from finetune.planning.steps import Steps
 from finetune.training.checkpoints import load_optimizer_state, optimizer_state
-from finetune.training.groups import assign_groups
 from finetune.training.optimizer import build_optimizer, rate_factor, set_rates
 
 METHODS = ["adamw", "adamw-8bit", "paged-adamw-8bit", "paged-adamw-32bit", "adafactor", "lion", "lion-8bit", "muon", "galore"]

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from finetune.config.schema import ROLES, Optimizer
 from finetune.errors import ConfigError
 from finetune.model.adapters import trainable
-from finetune.model.targets import roles_of
-from finetune.training.groups import REST, assign_groups
+from finetune.planning.groups import REST, assign_groups
+from finetune.planning.targets import roles_of
 from finetune.training.optimizer import build_optimizer, set_rates
 
 NAMES = {

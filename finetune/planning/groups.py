@@ -1,17 +1,16 @@
-"""Parameter groups: which learning rate, weight decay and update rule each trainable tensor gets."""
+"""Parameter groups: which learning rate, weight decay and update rule each trainable tensor gets, by its name and shape alone."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
-import torch
+from typing import Any, Literal, Protocol
 
 from finetune.config.schema import ROLES, Galore, Group, Optimizer
 from finetune.errors import ConfigError, Problem
-from finetune.model.targets import roles_of
+from finetune.planning.targets import roles_of
 
 REST = "(rest)"
 """Name of the group of parameters that no entry of `optimizer.groups` matches."""
@@ -19,6 +18,14 @@ REST = "(rest)"
 Rule = Literal["own", "adamw"]
 _OF_VECTORS = ("norms", "magnitudes")
 """Roles of vectors and scales alone: a decay that is stated for one of them is meant for them."""
+
+
+class Shaped(Protocol):
+    """A parameter of torch, or what stands for one in a plan."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,7 @@ class _Key:
     rule: Rule
 
 
-def assign_groups(parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer) -> list[ParameterGroup]:
+def assign_groups(parameters: Mapping[str, Shaped], optimizer: Optimizer) -> list[ParameterGroup]:
     """Put each trainable parameter into exactly one group; the first matching entry wins.
 
     LoRA+ (2402.12354) multiplies the rate of every B within its group. Norms, biases and magnitudes (vectors, and what scales rows or
@@ -73,7 +80,7 @@ def assign_groups(parameters: Mapping[str, torch.nn.Parameter], optimizer: Optim
     return [_group(key, members[key], parameters, optimizer) for key in ordered]
 
 
-def _group(key: _Key, names: list[str], parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer) -> ParameterGroup:
+def _group(key: _Key, names: list[str], parameters: Mapping[str, Shaped], optimizer: Optimizer) -> ParameterGroup:
     stated = optimizer.groups.get(key.entry, Group())
     rate = stated.learning_rate if stated.learning_rate is not None else optimizer.learning_rate * (stated.lr_ratio or 1.0)
     decay = optimizer.weight_decay if stated.weight_decay is None else stated.weight_decay
@@ -83,7 +90,7 @@ def _group(key: _Key, names: list[str], parameters: Mapping[str, torch.nn.Parame
         learning_rate=rate * (optimizer.lora_plus_ratio if key.is_b else 1.0),
         weight_decay=decay if key.decays else 0.0,
         names=tuple(names),
-        parameters=sum(parameters[name].numel() for name in names),
+        parameters=sum(math.prod(parameters[name].shape) for name in names),
         rule=key.rule,
     )
 
@@ -92,23 +99,23 @@ def _matches(entry: str, name: str) -> bool:
     return entry in roles_of(name) if entry in ROLES else re.search(entry, name) is not None
 
 
-def _of_vectors(entry: str, parameters: Mapping[str, torch.nn.Parameter]) -> bool:
+def _of_vectors(entry: str, parameters: Mapping[str, Shaped]) -> bool:
     """Whether ``entry`` matches vectors alone, so that a decay stated for it is meant for them."""
     if entry in ROLES:
         return entry in _OF_VECTORS
     return all(_is_vector(name, parameter) for name, parameter in parameters.items() if _matches(entry, name))
 
 
-def _is_vector(name: str, parameter: torch.nn.Parameter) -> bool:
+def _is_vector(name: str, parameter: Shaped) -> bool:
     # AdaLoRA's and IA3's scales are columns and rows of one element; decay would pull IA3's from one to zero
-    return parameter.ndim < 2 or bool(set(_OF_VECTORS) & set(roles_of(name)))
+    return len(parameter.shape) < 2 or bool(set(_OF_VECTORS) & set(roles_of(name)))
 
 
-def _rule(optimizer: Optimizer, name: str, parameter: torch.nn.Parameter) -> Rule:
+def _rule(optimizer: Optimizer, name: str, parameter: Shaped) -> Rule:
     """Muon and GaLore are made for the matrices of hidden layers; embeddings, head and vectors get AdamW."""
     if optimizer.method not in ("muon", "galore"):
         return "own"
-    if parameter.ndim != 2 or {"embeddings", "lm_head", "magnitudes"} & set(roles_of(name)):
+    if len(parameter.shape) != 2 or {"embeddings", "lm_head", "magnitudes"} & set(roles_of(name)):
         return "adamw"
     rank = (optimizer.galore or Galore()).rank if optimizer.method == "galore" else 0
     return "own" if min(parameter.shape) > rank else "adamw"
@@ -123,7 +130,7 @@ def _require_own(members: Mapping[_Key, list[str]], optimizer: Optimizer) -> Non
         )
 
 
-def _require_matches(parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer, used: set[str]) -> None:
+def _require_matches(parameters: Mapping[str, Shaped], optimizer: Optimizer, used: set[str]) -> None:
     available = sorted({role for name in parameters for role in roles_of(name)})
     problems = []
     for entry in optimizer.groups:
