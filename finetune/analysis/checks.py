@@ -28,6 +28,13 @@ def require_analyzable(runs: Sequence[tuple[RunDirectory, Config]]) -> None:
         run.require_finished()
 
 
+def no_factors(run: RunDirectory, config: Config) -> str | None:
+    """Why ``run`` has no low-rank factors to look at; None where it has. The files themselves are checked when they are read."""
+    if not isinstance(config.tuning, Lora | TiedLora | AdaLora):
+        return f"tuning.method: {config.tuning.method} has no low-rank factors"
+    return None if run.is_finished() else "the run is not finished: it has no adapter"
+
+
 def require_share(share: float) -> None:
     """ConfigError where ``share`` is not in (0, 1]."""
     if not 0.0 < share <= 1.0:

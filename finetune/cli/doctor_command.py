@@ -1,15 +1,17 @@
-"""`finetune doctor`: what this machine can do, and what each missing part would give."""
+"""`finetune doctor`: what is wrong with a run; or what this machine can do, and what each missing part would give."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from finetune import api
+from finetune.cli.diagnosis_view import show_run
 from finetune.cli.options import Json
 from finetune.errors import ConfigError
 
@@ -20,21 +22,41 @@ _GIB = 2**30
 
 
 def doctor(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run directory, finished or not.")] = None,
     machine: Annotated[bool, typer.Option("--machine", help="Report devices, memory, disk, libraries and optional parts.")] = False,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="NEW", help="Newer data: is the loss on it higher than on validation rows?")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what this machine has and what it lacks: `finetune doctor --machine`. Writes nothing and asks no network."""
-    if not machine:
-        raise ConfigError(
-            "it is not said what to look at, and a run cannot be diagnosed in this version",
-            where="finetune doctor",
-            fix="finetune doctor --machine for this machine; finetune report RUN for a run",
-        )
+    """Diagnose a RUN from what it left on disk: what is wrong, by which figures, why, and the change as a ready `-o`.
+
+    Silent where all is well, but for the rules that ran and those that could not; keeps RUN/doctor.json. Exit code 0 also with findings.
+
+    With --machine: what this machine has and what it lacks; writes nothing and asks no network.
+    """
+    _require_one(run, machine, against)
+    if run is not None:
+        show_run(run, against, as_json=as_json)
+        return
     found = api.inventory()
     if as_json:
         sys.stdout.write(json.dumps(found.as_dict(), indent=2) + "\n")
     else:
         _show(found)
+
+
+def _require_one(run: Path | None, machine: bool, against: Path | None) -> None:
+    """ConfigError unless either a run or this machine is to be looked at."""
+    if run is None and not machine:
+        raise ConfigError(
+            "it is not said what to look at",
+            where="finetune doctor",
+            fix="finetune doctor RUN for a run; finetune doctor --machine for this machine",
+        )
+    if machine and (run or against):
+        option = f"--against {against}" if against else str(run)
+        raise ConfigError("--machine looks at this machine, not at a run", where=option, fix="leave one of the two out")
 
 
 def _show(found: Inventory) -> None:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from finetune.errors import VerificationError
+from finetune.reporting.doctor.adapter_rules import ADAPTER_RULES
+from finetune.reporting.doctor.data_rules import DATA_RULES
+from finetune.reporting.doctor.evaluated_rules import EVALUATED_RULES, drift_figures
 from finetune.reporting.doctor.evidence import Evidence
 from finetune.reporting.doctor.findings import Diagnosis
+from finetune.reporting.doctor.generalization_rules import GENERALIZATION_RULES
+from finetune.reporting.doctor.learning_rules import LEARNING_RULES
+from finetune.reporting.doctor.machine_rules import MACHINE_RULES
 from finetune.reporting.doctor.rule import Rule
 from finetune.runs import RunDirectory
 from finetune.sealed import read_json, write_json
@@ -12,7 +18,7 @@ from finetune.sealed import read_json, write_json
 FILE = "doctor.json"
 """In the run directory."""
 
-RULES: tuple[Rule, ...] = ()
+RULES: tuple[Rule, ...] = (*LEARNING_RULES, *GENERALIZATION_RULES, *EVALUATED_RULES, *ADAPTER_RULES, *DATA_RULES, *MACHINE_RULES)
 """Every rule, in the order in which findings of one severity are shown."""
 
 
@@ -29,6 +35,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         findings=tuple(sorted(found, key=lambda finding: finding.severity != "problem")),
         ran=tuple(rule.name for rule in ran),
         not_run=not_run,
+        drift=None if isinstance(evidence.drift, str) else drift_figures(evidence.drift),
     )
 
 
