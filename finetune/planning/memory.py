@@ -1,0 +1,260 @@
+"""Memory of a run on one device, by part, counted from what training stores; nothing is loaded.
+
+Every part is a product of sizes that the code of training fixes, named where it is computed. Two numbers are measured instead of derived:
+what a process holds before it has a model, and what an allocator wastes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from finetune.config.schema import Config, EightBit, FourBit, Full, Galore, Lora, NoQuantization, SpectrumTargets
+from finetune.planning.activations import CAPPED, Arithmetic, arithmetic, kept, outside, work
+from finetune.planning.parameters import Parameters
+from finetune.planning.resolve import Precision, Resolved
+from finetune.planning.shapes import ModelShape
+
+BYTES: Mapping[str, int] = {"bf16": 2, "fp32": 4}
+_FP32 = 4
+_BLOCK, _OUTER_BLOCK = 64, 256
+"""Weights of 4 bits that share a constant, and constants that share one (2305.14314, section 3)."""
+_STATES_BLOCK = 256
+"""States of 8 bits that share a constant in fp32."""
+_SMALL = 4096
+"""Scalars of a tensor below which bitsandbytes keeps states in 32 bits."""
+_ROWS, _TRAINED_ROWS = 128, 256
+"""Supervised positions whose logits exist at a time, with a frozen head and with one that trains (`finetune.model.head`)."""
+_GATHERED = 2
+"""Blocks that are whole at a time where they are spread: the one that computes, and the next."""
+_LARGEST_SHARE = 0.1
+"""Of a model's parameters that train, beyond which the cores of a CPU do not share a step (`finetune.training.lanes`)."""
+
+_LEAST_TOKENS = 16
+"""The smallest `train.tokens_per_device`."""
+PROCESS: Mapping[str, int] = {"cpu": 700 * 2**20, "cuda": 820 * 2**20}
+"""Bytes of a process without a model. GPU: context and workspaces, assumed, not measured."""
+WASTED: Mapping[str, float] = {"cpu": 0.05, "cuda": 0.05}
+"""Share of what comes and goes that lies between blocks of the allocator. GPU: assumed, not measured."""
+
+PARTS: Mapping[str, str] = {
+    "base": "weights of the base's blocks, as they are stored",
+    "embeddings": "embeddings, output head and last norm, never quantized",
+    "trained": "what the method adds to the base",
+    "gradients": "of what trains",
+    "optimizer": "its states",
+    "activations": "what the forward pass keeps for the backward pass",
+    "work": "what one block needs while it computes",
+    "gathered": "blocks that are gathered from other devices",
+    "logits": "one chunk of supervised positions by the vocabulary",
+    "process": "libraries and device context",
+    "reserve": "what the allocator cannot use",
+}
+"""Parts in the order in which they are shown, and what each is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What was decided of a run, whoever decided it."""
+
+    kind: Literal["cpu", "cuda"]
+    precision: Precision
+    compute_dtype: Precision
+    """Type that a quantized base is dequantized to, and that its unquantized weights have."""
+    tokens: int
+    """Of a micro-batch, which is taken to be full."""
+    checkpointing: bool
+    optimizer: str
+    """`optimizer.method`, never `auto`."""
+    strategy: str = "ddp"
+    world: int = 1
+    """Processes that train together."""
+    threads: int = 1
+    """Of a process on a CPU: its cores share a step, each with micro-batches of its own."""
+    example_tokens: int = 512
+    """Length of an example; all are taken to have it. A CPU keeps the attention of short ones."""
+
+
+def setting_of(resolved: Resolved, kind: Literal["cpu", "cuda"], *, world: int = 1, threads: int = 1, example_tokens: int = 512) -> Setting:
+    """The setting that ``resolved`` makes."""
+    return Setting(
+        kind=kind,
+        precision=resolved.precision.value,
+        compute_dtype=resolved.compute_dtype.value,
+        tokens=resolved.tokens_per_device.value,
+        checkpointing=resolved.gradient_checkpointing.value,
+        optimizer=resolved.optimizer.value,
+        strategy=resolved.strategy.value,
+        world=world,
+        threads=threads,
+        example_tokens=example_tokens,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one device at the peak of a step."""
+
+    parts: dict[str, int]
+    """By the names of `PARTS`, in their order."""
+    spillable: int = 0
+    """Of the total: what moves to host memory where the device is full, as the states of a paged optimizer do."""
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(self.parts.values())
+
+
+def estimate_memory(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting) -> Memory:
+    """Bytes on one device (of one process on a CPU) at the peak of a step.
+
+    What loading the weights and computing a start (`tuning.init`) take for a while is not in it.
+    """
+    how = arithmetic(shape, config, setting.kind, BYTES[setting.precision], _storage(config, setting))
+    lanes = _lanes(shape, parameters, setting, how)
+    weights = _weights(shape, parameters, config, setting)
+    passing = _passing(shape, parameters, config, setting, how, lanes)
+    gradients = parameters.trainable * BYTES[config.train.trainable_dtype]
+    if lanes > 1:  # each has its own, and adds the next micro-batch's to it as a third, when what that one kept is gone
+        gradients = max(lanes * gradients, 3 * lanes * gradients - sum(passing.values()))
+    found = weights | passing | {"gradients": gradients, "optimizer": state_bytes(parameters, config, setting.optimizer)}
+    reserve = WASTED[setting.kind] * (gradients + sum(passing.values()))
+    found |= {"process": PROCESS[setting.kind], "reserve": reserve}
+    parts = {name: math.ceil(found[name]) for name in PARTS}
+    return Memory(parts, spillable=parts["optimizer"] if setting.kind == "cuda" and setting.optimizer.startswith("paged") else 0)
+
+
+def floor_memory(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting) -> Memory:
+    """What no setting of the micro-batch goes below: one short example, nothing wasted, and no states that could lie in host memory.
+
+    A device with less than this cannot train ``config``.
+    """
+    least = replace(setting, tokens=_LEAST_TOKENS, example_tokens=_LEAST_TOKENS, checkpointing=True, threads=1)
+    smallest = estimate_memory(shape, parameters, config, least)
+    parts = smallest.parts | {"reserve": 0, "process": 0}
+    return Memory(parts | ({"optimizer": 0} if smallest.spillable else {}))
+
+
+# --- weights -------------------------------------------------------------------------------------------------------------------------
+
+
+def _storage(config: Config, setting: Setting) -> int:
+    """Bytes of an unquantized scalar of the base."""
+    return BYTES[setting.precision if isinstance(config.quantization, NoQuantization) else setting.compute_dtype]
+
+
+def _weights(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting) -> dict[str, float]:
+    storage, scalar, tuning = _storage(config, setting), BYTES[config.train.trainable_dtype], config.tuning
+    blocks = _bits(shape, config, storage) / 8 + (shape.norms_scalars - shape.hidden + shape.biases_scalars) * storage
+    rest = (shape.embedding_scalars + shape.head_scalars + shape.hidden) * storage
+    rest += (parameters.base - shape.total) * storage  # rows of new tokens
+    added = float((parameters.trainable + parameters.buffers) * scalar)
+    if isinstance(tuning, Full):
+        if isinstance(tuning.targets, SpectrumTargets):
+            blocks += parameters.trainable * (scalar - storage)
+        else:
+            blocks, rest = blocks * scalar / storage, rest * scalar / storage
+        added = 0.0
+    gathered = 0.0
+    if setting.strategy == "fsdp" and setting.world > 1:
+        gathered = _GATHERED * blocks / shape.layers
+        blocks = 0.0 if config.distributed.offload else blocks / setting.world
+    return {"base": blocks, "embeddings": rest, "trained": added, "gathered": gathered}
+
+
+def _bits(shape: ModelShape, config: Config, storage: int) -> float:
+    """Bits that the matrices of the blocks take."""
+    match config.quantization:
+        case FourBit(double_quant=True):
+            each = 4 + (8 + 32 / _OUTER_BLOCK) / _BLOCK
+        case FourBit():
+            each = 4 + 32 / _BLOCK
+        case EightBit():
+            each = 8 + 32 / shape.hidden  # a scale for each row
+        case NoQuantization():
+            each = 8.0 * storage
+    return shape.blocks_scalars * each
+
+
+def state_bytes(parameters: Parameters, config: Config, optimizer: str) -> float:
+    """What ``optimizer`` (never `auto`) keeps from step to step."""
+    scalar = BYTES[config.train.trainable_dtype]
+    if optimizer.endswith("-8bit"):
+        states = 1 if optimizer == "lion-8bit" else 2
+        return states * sum(_eight_bit(tensor.scalars) for tensor in parameters.tensors.values())
+    if optimizer == "paged-adamw-32bit":
+        return 2 * _FP32 * parameters.trainable
+    if optimizer == "lion":
+        return scalar * parameters.trainable
+    left = {name for group in parameters.groups if group.rule == "adamw" for name in group.names}
+    own = {"adafactor": _factored, "muon": math.prod, "galore": partial(_projected, (config.optimizer.galore or Galore()).rank)}.get(
+        optimizer
+    )
+    return scalar * sum(
+        2 * tensor.scalars if own is None or name in left else own(tensor.shape) for name, tensor in parameters.tensors.items()
+    )
+
+
+def _eight_bit(scalars: int) -> int:
+    """Bytes of a state: small tensors keep theirs in 32 bits."""
+    return _FP32 * scalars if scalars < _SMALL else scalars + _FP32 * -(-scalars // _STATES_BLOCK)
+
+
+def _factored(sides: tuple[int, ...]) -> int:
+    """A row and a column of a matrix (1804.04235)."""
+    return math.prod(sides) if len(sides) < 2 else math.prod(sides[:-1]) + sides[-1]
+
+
+def _projected(rank: int, sides: tuple[int, ...]) -> int:
+    """A projector and two moments in its subspace (2403.03507)."""
+    short, long = min(sides), max(sides)
+    return rank * (short + 2 * long) if len(sides) == 2 and short > rank else 2 * math.prod(sides)
+
+
+# --- a step --------------------------------------------------------------------------------------------------------------------------
+
+
+def _lanes(shape: ModelShape, parameters: Parameters, setting: Setting, how: Arithmetic) -> int:
+    """How many micro-batches are computed side by side (`finetune.training.lanes`)."""
+    alone = setting.kind == "cpu" and setting.world == 1 and how.packed and not setting.checkpointing and not how.dropout
+    if not alone or shape.family in CAPPED or parameters.trainable > _LARGEST_SHARE * parameters.total:
+        return 1
+    return max(1, min(setting.threads, setting.tokens // setting.example_tokens))
+
+
+def _passing(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting, how: Arithmetic, lanes: int) -> dict[str, float]:
+    """What exists during a pass alone."""
+    block = kept(shape, config, how, setting.example_tokens) * setting.tokens
+    logits = lanes * _logits(shape, config, how)
+    inside = work(shape, how) * setting.tokens + lanes * _unpacked(shape, config, setting)
+    activations = shape.layers * block + outside(shape, how) * setting.tokens
+    # what trains, in the type of products: autocast makes a copy, which the graph keeps
+    copies = 0 if how.own_layers or how.product == BYTES[config.train.trainable_dtype] else parameters.trainable * how.product
+    if setting.checkpointing:
+        activations += shape.layers * (shape.hidden * how.stream * setting.tokens - block)
+        inside += block - copies  # nothing keeps them when the first block is computed again
+    # the last logits are gone before the first block's gradient is begun
+    return {"activations": activations + copies, "logits": logits, "work": max(0.0, inside - logits)}
+
+
+def _logits(shape: ModelShape, config: Config, how: Arithmetic) -> float:
+    """One chunk: logits as the product gives them, in fp32, and the next or the exponentials beside them."""
+    narrow = how.product if how.product < _FP32 else 0
+    tuning = config.tuning
+    whole = isinstance(tuning, Full) and not isinstance(tuning.targets, SpectrumTargets)
+    trains = whole or (shape.tied and isinstance(tuning, Lora) and tuning.embeddings == "full")
+    if not trains and shape.family not in CAPPED:
+        return _ROWS * shape.vocab * (narrow + 2 * _FP32)
+    weight = shape.vocab * shape.hidden * (2 * how.product + _FP32) if trains else 0
+    return _TRAINED_ROWS * shape.vocab * (2 * narrow + 3 * _FP32) + weight
+
+
+def _unpacked(shape: ModelShape, config: Config, setting: Setting) -> int:
+    """The largest weight of a block in the type of products, where it is stored in another."""
+    product = BYTES[setting.precision]
+    same = isinstance(config.quantization, NoQuantization) and _storage(config, setting) == product
+    return 0 if same else product * max(matrix.weights for matrix in shape.matrices)
