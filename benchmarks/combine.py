@@ -27,7 +27,7 @@ from finetune import api
 from finetune.config.schema import Icd10cm, NoQuantization
 from finetune.data.formats import Message
 from finetune.data.general import general_text
-from finetune.data.icd10cm import questions
+from finetune.data.icd10cm_questions import questions
 from finetune.data.render import Example, Renderer
 from finetune.data.stored import load_rows
 from finetune.evaluation.choices import Item, judge

@@ -45,6 +45,9 @@ class HubSource(Section):
     """How often the source is seen in an epoch."""
 
 
+Relation = Literal["inclusion-term", "code-title", "title-code", "hierarchy", "excludes"]
+
+
 class Icd10cm(Section):
     """Real medical knowledge: ICD-10-CM facts (inclusion term -> title) as documents and questions in many phrasings."""
 
@@ -59,6 +62,12 @@ class Icd10cm(Section):
     """First letters of the codes to draw from. Empty: A to N without C."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Which facts are drawn, and to which arm each goes."""
+    relations: Annotated[tuple[Relation, ...], Field(min_length=1)] = ("inclusion-term",)
+    """What is taught of each fact: its title by another name, title and code, the group it belongs to, what it excludes."""
+    answers: Literal["right", "shuffled"] = "right"
+    """`shuffled` gives every fact the title of another: a control run that can learn the style and nothing true."""
+    replay: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    """Share of general text (Python's documentation, by characters) beside the facts, against forgetting."""
     weight: Weight = 1.0
     """How often the source is seen in an epoch."""
 

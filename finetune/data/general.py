@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 
 from finetune.data.records import Text
 from finetune.data.render import Example, Renderer
+from finetune.errors import DataError
 
 _BLOCK = 512
 
@@ -45,3 +48,22 @@ def general_questions() -> tuple[GeneralQuestion, ...]:
 def _three(distractors: list[str]) -> tuple[str, str, str]:
     first, second, third = distractors
     return first, second, third
+
+
+def replay_passages(seed: int) -> Iterator[str]:
+    """Passages of the documentation that Python carries, each of 200 to 600 characters, shuffled; not what forgetting is measured on.
+
+    Raises DataError where this Python carries none.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "this Python comes without its documentation (pydoc_data), which `replay` reads",
+            where="data.train",
+            fix="install the whole standard library, or set `replay: 0`",
+        ) from error
+    passages = {
+        passage for text in topics.values() for passage in (part.strip() for part in text.split("\n\n")) if 200 <= len(passage) <= 600
+    }
+    yield from sorted(passages, key=lambda passage: hashlib.sha256(f"{seed}/{passage}".encode()).hexdigest())

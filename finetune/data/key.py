@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import time
 from contextlib import suppress
 from functools import cache
@@ -93,7 +94,8 @@ def _content(source: Source) -> Any:
             return [(str(path), sha256_of(path)) for path in data_files(source)]
         case Icd10cm():
             try:
-                return metadata.version("simple-icd-10-cm")
+                version = metadata.version("simple-icd-10-cm")
+                return [version, platform.python_version()] if source.replay else version  # Python's own documentation is replayed
             except metadata.PackageNotFoundError:
                 return "not installed"  # reading it says what to do
         case HubSource():

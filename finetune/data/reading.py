@@ -13,7 +13,7 @@ from finetune.config.data import Data, FileSource, Icd10cm, Source
 from finetune.data.arrange import with_rest
 from finetune.data.examples import SCHEMA
 from finetune.data.files import data_files
-from finetune.data.icd10cm import training_rows
+from finetune.data.icd10cm_rows import training_rows
 from finetune.data.key import sources
 from finetune.data.near import SignatureFile
 from finetune.data.records import Row

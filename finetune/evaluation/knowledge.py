@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from finetune.config.schema import Icd10cm
 from finetune.data.formats import Message
-from finetune.data.icd10cm import Question, questions
+from finetune.data.icd10cm_questions import Question, questions
 from finetune.data.render import Renderer
 from finetune.evaluation.choices import Item, Judged, judge
 from finetune.evaluation.comparison import Measurement

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from finetune.data.general import general_questions, general_text
-from finetune.data.icd10cm import DOCUMENT_TEMPLATES, QUESTION_TEMPLATES
+from finetune.data.icd10cm_rows import DOCUMENT_TEMPLATES, QUESTION_TEMPLATES
 from finetune.model.builtin import BUILTIN, resolve_model
 
 
