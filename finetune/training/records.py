@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from finetune.config.dump import dump_config
 from finetune.config.origins import record_origins
 from finetune.config.schema import Config
 from finetune.data.stored import save_rows
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, FinetuneError, HardwareError, RunInterruptedError
 from finetune.hardware import environment
 from finetune.planning.groups import ParameterGroup
 from finetune.runs import RunDirectory, create_run, sweep
@@ -88,6 +89,22 @@ def begin(start: Start, config: Config, parts: Parts, accelerator: Any) -> Start
     # also of those that were killed before a checkpoint of their own: it is still the one from before the change
     changes = [change for session in sessions if session["from_step"] >= start.progress.step for change in session["changes"]]
     return replace(start, progress=adjusted(start.progress, changes, config), notes=tuple(sessions[-1]["notes"]))
+
+
+@contextmanager
+def failure_noted(run: RunDirectory, accelerator: Any) -> Iterator[None]:
+    """An error that ends this session is kept in its record, so that the run can be diagnosed; a signal is no error."""
+    try:
+        yield
+    except RunInterruptedError:
+        raise
+    except FinetuneError as error:
+        if accelerator.is_main_process:
+            with suppress(HardwareError):  # the disk itself may be what failed, and the first error is the one to tell
+                records = read_json(run.environment)
+                records["sessions"][-1]["failed"] = {"error": type(error).__name__, "what": error.problems[0].what}
+                write_json(run.environment, records)
+        raise
 
 
 def require_room(run: RunDirectory, config: Config, parts: Parts) -> None:

@@ -62,7 +62,7 @@ from finetune.training.metrics import (
 )
 from finetune.training.optimizer import build_optimizer
 from finetune.training.probe import probe_gpu
-from finetune.training.records import Parts, Request, Start, begin, require_room, run_id
+from finetune.training.records import Parts, Request, Start, begin, failure_noted, require_room, run_id
 from finetune.training.resume import identity, same_settings
 from finetune.training.session import Session
 from finetune.training.sharding import shard
@@ -158,7 +158,7 @@ def _train(run: RunDirectory, config: Config, observer: Observer, stop: StopRequ
             load_checkpoint(newest, built.model, parts.optimizer)
         observer(started(config, parts, accelerator, start))
         opened: AbstractContextManager[list[Any]] = trackers(config.tracking, run) if accelerator.is_main_process else nullcontext([])
-        with opened as watching:
+        with opened as watching, failure_noted(run, accelerator):
             progress = _train_from(start, config, parts, accelerator, _joined(observer, watching), stop)
         if accelerator.is_main_process:
             export(run, config, inputs.renderer.tokenizer, built.model, progress)
