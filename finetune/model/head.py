@@ -175,7 +175,7 @@ def target_losses(model: Any, ids: torch.Tensor, attention: torch.Tensor, superv
         chosen = functional.pad(wanted, (before, 1))
     kind = head_kind(core)
     if kind == "whole":
-        return functional.cross_entropy(_whole(core, inputs, chosen).float(), targets, reduction="none")
+        return functional.cross_entropy(chosen_logits(core, inputs, chosen).float(), targets, reduction="none")
     hidden = backbone(core)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     hidden = hidden.index_select(0, _to(_numbers(chosen.flatten()), hidden.device))
     if kind == "own":
@@ -192,7 +192,7 @@ def _numbers(chosen: torch.Tensor) -> torch.Tensor:
     return chosen.nonzero().squeeze(1)
 
 
-def _whole(core: Any, inputs: dict[str, Any], chosen: torch.Tensor) -> torch.Tensor:
+def chosen_logits(core: Any, inputs: dict[str, Any], chosen: torch.Tensor) -> torch.Tensor:
     """Logits (n, v) at the n positions of ``chosen`` (b, t), of no column that has none where the model can leave them out."""
     options = {}
     if "logits_to_keep" in inspect.signature(core.forward).parameters:
