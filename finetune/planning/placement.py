@@ -1,0 +1,143 @@
+"""A run on devices of one kind: what is decided there, what each device must hold, and whether it does."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finetune.config.schema import Config
+from finetune.hardware import Machine
+from finetune.planning.fit import fits
+from finetune.planning.gpus import Gpu
+from finetune.planning.length import DataCounts
+from finetune.planning.memory import Memory, Setting, estimate_memory, floor_memory, setting_of
+from finetune.planning.parameters import Parameters
+from finetune.planning.resolve import Choice, Resolved, resolve
+from finetune.planning.shapes import ModelShape
+from finetune.planning.strategy import Crowd, Weights
+
+MOST_TOKENS = 32768
+"""Of a micro-batch whose size is measured on the GPU (`finetune.training.probe`)."""
+_USUAL_EXAMPLE = 512
+"""Tokens of an example where nothing is known of the data."""
+_GRAIN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is planned, wherever it will run."""
+
+    config: Config
+    shape: ModelShape
+    parameters: Parameters
+    data: DataCounts | None
+    world: int
+    """Processes that train together, one a device, all on one machine."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example, or the most that it may have."""
+        return (self.data.longest if self.data else None) or self.config.data.max_tokens
+
+    @property
+    def example_tokens(self) -> int:
+        """Tokens of a usual example."""
+        if self.data and self.data.tokens and self.data.rows:
+            return max(1, round(self.data.tokens / self.data.rows))
+        return min(_USUAL_EXAMPLE, self.config.data.max_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A subject on one machine."""
+
+    machine: Machine
+    resolved: Resolved
+    setting: Setting
+    memory: Memory
+    """Of one process at the peak of a step."""
+    floor: Memory
+    """What no micro-batch goes below."""
+    copies: int
+    """Processes that share the device's memory: all of them on a CPU, one on a GPU."""
+
+    @property
+    def needs(self) -> int:
+        """Bytes of a device's memory."""
+        return self.memory.total * self.copies
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has them."""
+        return fits(self.memory, self.room)
+
+    @property
+    def room(self) -> int:
+        """Bytes of a device's memory for one process."""
+        return self.machine.memory_bytes // self.copies
+
+    def is_hopeless(self, swap_bytes: int = 0) -> bool:
+        """Whether not even the smallest micro-batch can fit, whatever is estimated rightly or wrongly."""
+        return self.floor.total * self.copies > self.machine.memory_bytes + swap_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: bytes, and the size of the micro-batch."""
+        return {
+            "name": self.machine.name,
+            "kind": self.machine.kind,
+            "devices": self.setting.world,
+            "memory_bytes": self.machine.memory_bytes,
+            "needs_bytes": self.needs,
+            "floor_bytes": self.floor.total * self.copies,
+            "fits": self.fits,
+            "tokens_per_device": self.setting.tokens,
+            "strategy": self.setting.strategy,
+        }
+
+
+def machine_of(gpu: Gpu, devices: int = 1) -> Machine:
+    """A machine with ``devices`` of a listed GPU."""
+    return Machine("cuda", gpu.name, devices, gpu.usable_bytes, bf16=True)
+
+
+def place(subject: Subject, machine: Machine) -> Placement:
+    """Decide what is open for ``machine``, and estimate. ConfigError where the configuration asks for what such a machine lacks."""
+    shape, config = subject.shape, subject.config
+    crowd = Crowd(Weights(shape.blocks_scalars, shape.other_scalars), subject.world, subject.world)
+    resolved = resolve(config, machine, crowd)
+    threads = max(1, _cores(machine) // subject.world) if machine.kind == "cpu" else 1
+    setting = setting_of(resolved, machine.kind, world=subject.world, threads=threads, example_tokens=subject.example_tokens)
+    copies = subject.world if machine.kind == "cpu" else 1
+    is_measured = machine.kind == "cuda" and config.train.tokens_per_device == "auto" and setting.strategy == "ddp"
+    if is_measured:
+        tokens = _largest(subject, setting, machine.memory_bytes)
+        reason = f"about what {machine.memory_bytes / 2**30:.0f} GiB hold; measured before the first step"
+        resolved = replace(resolved, tokens_per_device=Choice(tokens, reason))
+    else:
+        # no micro-batch has more than the whole batch, and one example is never cut
+        tokens = min(max(setting.tokens, subject.longest), config.train.batch_size * subject.longest)
+    setting = replace(setting, tokens=tokens, example_tokens=min(setting.example_tokens, tokens))
+    memory = estimate_memory(shape, subject.parameters, config, setting)
+    return Placement(machine, resolved, setting, memory, floor_memory(shape, subject.parameters, config, setting), copies)
+
+
+def _cores(machine: Machine) -> int:
+    """Threads of torch on this CPU."""
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    return int(stated) if stated.isdigit() and int(stated) else machine.devices
+
+
+def _largest(subject: Subject, setting: Setting, room: int) -> int:
+    """Tokens of the largest micro-batch that fits, as the measurement on the device would find; one example where none does."""
+    least = subject.longest
+    most = max(least, min(MOST_TOKENS, subject.config.train.batch_size * subject.longest))
+
+    def holds(tokens: int) -> bool:
+        tried = replace(setting, tokens=tokens, example_tokens=min(setting.example_tokens, tokens))
+        return fits(estimate_memory(subject.shape, subject.parameters, subject.config, tried), room)
+
+    while most - least > _GRAIN:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if holds(middle) else (least, middle)
+    return most if holds(most) else least

@@ -1,0 +1,220 @@
+"""What a run will be, from its configuration and the shapes of its model: parameters, memory, which GPUs hold it, length, time and energy.
+
+No weight is read and torch is not loaded. What the run decides by itself is decided here as it will be there (`planning.resolve`); what
+is an estimate says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from finetune.config.schema import Config
+from finetune.errors import HardwareError
+from finetune.hardware import Machine
+from finetune.planning.fit import Change, Device, smallest_change
+from finetune.planning.gpus import GPUS, Gpu
+from finetune.planning.length import DataCounts, Length, length_of
+from finetune.planning.parameters import Parameters, count_parameters
+from finetune.planning.placement import Placement, Subject, machine_of, place
+from finetune.planning.shapes import ModelShape, find_shape
+from finetune.planning.throughput import Cost, Speed, cost_of, estimated_speed, operations_per_token
+
+__all__ = ["DataCounts", "Plan", "make_plan", "refuse_hopeless"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The run on one of the common GPUs."""
+
+    gpu: Gpu
+    placement: Placement
+    speed: Speed
+    cost: Cost | None
+    """None where the tokens of the run are not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `finetune plan` shows and plan.json keeps."""
+
+    config: Config
+    shape: ModelShape
+    parameters: Parameters
+    here: Placement
+    """On the machine that was asked about."""
+    change: Change | None
+    """The smallest one after which the run fits there; None where it fits, or nothing helps."""
+    candidates: tuple[Candidate, ...]
+    """By memory, then by speed."""
+    candidate_change: Change | None
+    """Where no common GPU holds the run: the smallest change after which the largest of them does."""
+    length: Length | None
+    """None where nothing is known of the data."""
+    speed: Speed | None
+    """None on a machine whose rate is not known."""
+    cost: Cost | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, sizes in bytes; plan.json of a run holds it under `plan`."""
+        return {
+            "model": self.config.model.id,
+            "family": self.shape.family,
+            "shapes_from": self.shape.where,
+            "tuning": self.config.tuning.method,
+            "quantization": self.config.quantization.method,
+            "parameters": _parameters(self.parameters),
+            "device": self.here.as_dict(),
+            "memory_bytes_by_part": self.here.memory.parts,
+            "resolved": self.here.resolved.as_dict(),
+            "change": _change(self.change),
+            "gpus": [_candidate(candidate) for candidate in self.candidates],
+            "change_of_the_largest_gpu": _change(self.candidate_change),
+            "length": _length(self.length),
+            "speed": asdict(self.speed) if self.speed else None,
+            "cost": asdict(self.cost) if self.cost else None,
+        }
+
+
+def make_plan(config: Config, machine: Machine, data: DataCounts | None, *, world: int = 1, speed: Speed | None = None) -> Plan:
+    """The plan of ``config`` on ``world`` devices of ``machine``.
+
+    ``speed``: stated or measured there; without it, it is estimated where the GPU's rate is known. ConfigError where the model's shapes
+    are not known, where `tuning` fits nothing in it, and where the configuration asks for what the machine lacks.
+    """
+    shape = find_shape(config.model)
+    subject = Subject(config, shape, count_parameters(shape, config), data, world)
+    length = length_of(config, data) if data else None
+    here = place(subject, machine)
+    listed = _named(machine.name)
+    if speed is None and listed is not None:
+        speed = _estimated(subject, here, listed, length)
+    candidates = tuple(_candidate_of(subject, gpu, length) for gpu in GPUS)
+    none_fits = not any(candidate.placement.fits for candidate in candidates)
+    return Plan(
+        config=config,
+        shape=shape,
+        parameters=subject.parameters,
+        here=here,
+        change=_change_for(subject, here),
+        candidates=candidates,
+        candidate_change=_change_for(subject, candidates[-1].placement) if none_fits else None,
+        length=length,
+        speed=speed,
+        cost=_cost(length, speed, listed.watts * world if listed else None),
+    )
+
+
+def refuse_hopeless(plan: Plan, swap_bytes: int = 0) -> None:
+    """HardwareError where the run cannot fit on the machine of ``plan``, with ``swap_bytes`` beside its memory, however it is cut."""
+    here = plan.here
+    if not here.is_hopeless(swap_bytes):
+        return
+    least = here.floor.total * here.copies
+    what = (
+        f"this run cannot fit: weights, gradients, states and the smallest micro-batch take {_gib(least)} of a device, "
+        f"which has {_gib(here.machine.memory_bytes + swap_bytes)}"
+    )
+    raise HardwareError(what, where=here.machine.name, fix=fix_of(plan.change, here))
+
+
+def fix_of(change: Change | None, placement: Placement) -> str:
+    """What makes the run fit on the devices of ``placement``, as options of the command line."""
+    if change is None:
+        bigger = next((gpu.name for gpu in GPUS if gpu.usable_bytes > max(placement.needs, placement.machine.memory_bytes)), None)
+        device = f"a larger device, such as {bigger} (finetune plan says which)" if bigger else "several large devices"
+        return f"no setting makes it fit there: use {device}, or a smaller model"
+    return f"{options_of(change, placement)} (then {_gib(change.memory.total * placement.copies)} of a device)"
+
+
+def options_of(change: Change, placement: Placement) -> str:
+    """``change`` as options of `finetune plan` and `finetune train`."""
+    options = [f"-o {override}" for override in change.overrides]
+    if change.devices != placement.setting.world:
+        options.append(f"--devices {change.devices}")
+    return " ".join(options)
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _named(name: str) -> Gpu | None:
+    """The listed GPU that a driver calls ``name``, such as `NVIDIA H100 80GB HBM3`; the longest name that fits."""
+    fitting = [gpu for gpu in GPUS if all(word in name.replace("-", " ") for word in gpu.name.split())]
+    return max(fitting, key=lambda gpu: len(gpu.name), default=None)
+
+
+def _estimated(subject: Subject, placement: Placement, gpu: Gpu, length: Length | None) -> Speed:
+    share = length.supervised_share if length else None
+    shape, parameters, config = subject.shape, subject.parameters, subject.config
+    operations = operations_per_token(shape, parameters, config, placement.setting, 1.0 if share is None else share)
+    return estimated_speed(operations, gpu, subject.world)
+
+
+def _candidate_of(subject: Subject, gpu: Gpu, length: Length | None) -> Candidate:
+    placement = place(subject, machine_of(gpu, subject.world))
+    speed = _estimated(subject, placement, gpu, length)
+    return Candidate(gpu, placement, speed, _cost(length, speed, gpu.watts * subject.world))
+
+
+def _cost(length: Length | None, speed: Speed | None, watts: float | None) -> Cost | None:
+    return cost_of(length.tokens, speed, watts) if length and length.tokens and speed else None
+
+
+def _change_for(subject: Subject, placement: Placement) -> Change | None:
+    """The smallest change that makes a placement fit, where it does not."""
+    if placement.fits:
+        return None
+    # processes on a CPU share one memory: more of them never help
+    device = Device(placement.room, **({"most": subject.world} if placement.machine.kind == "cpu" else {}))
+    return smallest_change(subject.shape, subject.config, placement.setting, device, subject.longest)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+# --- as JSON -------------------------------------------------------------------------------------------------------------------------
+
+
+def _parameters(parameters: Parameters) -> dict[str, Any]:
+    return {
+        "total": parameters.total,
+        "base": parameters.base,
+        "trainable": parameters.trainable,
+        "by_part": dict(parameters.by_part),
+        "by_group": parameters.by_group,
+        "groups": [group.summary() for group in parameters.groups],
+        "notes": list(parameters.notes),
+    }
+
+
+def _change(change: Change | None) -> dict[str, Any] | None:
+    if change is None:
+        return None
+    return {
+        "overrides": list(change.overrides),
+        "devices": change.devices,
+        "memory_bytes": change.memory.total,
+        "costs": list(change.costs),
+    }
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "gpu": asdict(candidate.gpu),
+        "placement": candidate.placement.as_dict(),
+        "speed": asdict(candidate.speed),
+        "cost": asdict(candidate.cost) if candidate.cost else None,
+    }
+
+
+def _length(length: Length | None) -> dict[str, Any] | None:
+    if length is None:
+        return None
+    return {
+        "data": asdict(length.data),
+        "steps": asdict(length.steps),
+        "tokens": length.tokens,
+        "supervised_share": length.supervised_share,
+    }
