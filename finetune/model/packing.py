@@ -78,8 +78,8 @@ def compiles(weight: torch.Tensor) -> bool:
 
 
 def filled(rows: int) -> int:
-    """The next of few lengths: multiples of 64, or of 16 where that would be much."""
-    step = 64 if rows > 256 else 16
+    """The next of few lengths: multiples of 64, or of 16 where that would be much (a lane of `training.lanes` has some 300 tokens)."""
+    step = 64 if rows > 512 else 16
     return -(-rows // step) * step
 
 

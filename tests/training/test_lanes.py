@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,20 @@ def test_lanes_are_of_even_length_where_there_is_work_for_them() -> None:
     lengths = [300, 100, 100, 100]
     assert sorted(sum(lengths[index] for piece in lane for index in piece) for lane in split([0, 1, 2, 3], lengths, 1024, 2)) == [300, 300]
     assert len(split([0, 1], [20, 20], 1024, 2)) == 1, "too little for two"
+
+
+@given(st.lists(st.integers(128, 400), min_size=2, max_size=8))
+def test_two_lanes_are_as_even_as_any_parting_of_the_examples(lengths: list[int]) -> None:
+    lanes = split(range(len(lengths)), lengths, 10_000, 2)
+    fullest = max(sum(lengths[index] for piece in lane for index in piece) for lane in lanes)
+    ways = itertools.product((False, True), repeat=len(lengths))
+    assert fullest == min(max(sum(itertools.compress(lengths, way)), sum(lengths) - sum(itertools.compress(lengths, way))) for way in ways)
+
+
+def test_the_fullest_of_several_lanes_gives_to_the_emptiest() -> None:
+    lengths = [90, 80, 70, 60, 50, 50]  # by length alone: 90+50, 80+50, 70+60; nothing is above 140
+    lanes = split(range(6), lengths, 10_000, 3)
+    assert sorted(sum(lengths[index] for piece in lane for index in piece) for lane in lanes) == [130, 130, 140]
 
 
 @pytest.mark.usefixtures("two_threads")
