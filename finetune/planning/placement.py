@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.config.schema import Config
+from finetune.errors import ConfigError
 from finetune.hardware import Machine
 from finetune.planning.fit import fits
-from finetune.planning.gpus import Gpu
+from finetune.planning.gpus import BY_SIZE, Gpu, gpu_of
 from finetune.planning.length import DataCounts
 from finetune.planning.memory import Memory, Setting, estimate_memory, floor_memory, setting_of
 from finetune.planning.parameters import Parameters
@@ -101,6 +102,14 @@ def machine_of(gpu: Gpu, devices: int = 1) -> Machine:
     return Machine("cuda", gpu.name, devices, gpu.usable_bytes, bf16=True)
 
 
+def machine_of_size(gigabytes: int, devices: int = 1) -> Machine:
+    """A machine with ``devices`` of the GPU that is meant by a number of gigabytes; ConfigError for one that is not listed."""
+    if gigabytes not in BY_SIZE:
+        known = ", ".join(map(str, BY_SIZE))
+        raise ConfigError(f"no common GPU has {gigabytes} GB", where=f"--gpu {gigabytes}", fix=f"use one of {known}")
+    return machine_of(gpu_of(BY_SIZE[gigabytes]), devices)
+
+
 def place(subject: Subject, machine: Machine) -> Placement:
     """Decide what is open for ``machine``, and estimate. ConfigError where the configuration asks for what such a machine lacks."""
     shape, config = subject.shape, subject.config
@@ -135,7 +144,7 @@ def _largest(subject: Subject, setting: Setting, room: int) -> int:
 
     def holds(tokens: int) -> bool:
         tried = replace(setting, tokens=tokens, example_tokens=min(setting.example_tokens, tokens))
-        return fits(estimate_memory(subject.shape, subject.parameters, subject.config, tried), room)
+        return estimate_memory(subject.shape, subject.parameters, subject.config, tried).total <= room  # with room for all states
 
     while most - least > _GRAIN:
         middle = (least + most + 1) // 2
