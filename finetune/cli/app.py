@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from finetune import __version__, api
-from finetune.cli import analyze_command, combine_command, config_commands, data_commands, doctor_command, merge_command
+from finetune.cli import analyze_command, combine_command, config_commands, data_commands, doctor_command, merge_command, plan_command
 from finetune.cli.options import ConfigPath, Json, Overrides, RunPath
 from finetune.cli.workers import is_first, is_mine_to_tell
 from finetune.errors import FinetuneError
@@ -55,6 +55,7 @@ def common(
 app.command("init")(config_commands.init)
 app.add_typer(config_commands.app, name="config")
 app.add_typer(data_commands.app, name="data")
+app.command("plan")(plan_command.plan)
 
 
 @app.command()
