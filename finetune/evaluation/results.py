@@ -84,6 +84,8 @@ class Results:
     notes: tuple[str, ...] = ()
     """What a reader of the figures must know, such as what the base is."""
     headlines: tuple[Headline, ...] = ()
+    record: dict[str, Any] = field(default_factory=dict)
+    """All that is needed to measure the same again."""
 
     def as_dict(self) -> dict[str, Any]:
         """For eval/*.json and `--json`."""
@@ -130,7 +132,8 @@ def _results(found: dict[str, Any]) -> Results:
     figures = tuple(_figure(figure) for figure in found["figures"])
     samples = tuple(Sample(**sample) for sample in found["samples"])
     headlines = tuple(Headline(**(one | {"change": Change(**one["change"])})) for one in found.get("headlines", ()))
-    return Results(found["run"], tuple(found["systems"]), figures, samples, found["seconds"], tuple(found.get("notes", ())), headlines)
+    notes, record = tuple(found.get("notes", ())), found.get("record", {})
+    return Results(found["run"], tuple(found["systems"]), figures, samples, found["seconds"], notes, headlines, record)
 
 
 def _figure(stored: dict[str, Any]) -> Figure:
