@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from finetune.analysis.adapter import AdapterFile, Update
 from finetune.analysis.update_spectra import directions, effective_rank
 from finetune.config.schema import Config, LoftqInit, Lora, OloraInit, PissaInit
-from finetune.model.targets import kind_of
-from finetune.planning.targets import roles_of
+from finetune.planning.targets import kind_of, roles_of
 from finetune.runs import RunDirectory
 
 

@@ -16,7 +16,7 @@ from finetune.sealed import read_json
 _RESULTS = "results.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # hashed by identity: `course` is asked for by many rules
 class Step:
     """One optimizer step, as metrics.jsonl has it."""
 

@@ -158,7 +158,9 @@ def _weak_regularization(evidence: Evidence) -> Finding | None:
     config, rows = evidence.config, evidence.data.train.examples
     dropout = getattr(config.tuning, "dropout", None)
     passes = evidence.steps[-1].step * config.train.batch_size / max(1, rows)
-    if dropout is None or dropout >= _LITTLE_DROPOUT or rows >= _FEW_ROWS or passes < _OFTEN or is_unstable(evidence):
+    if dropout is None or dropout >= _LITTLE_DROPOUT or rows >= _FEW_ROWS or passes < _OFTEN:
+        return None
+    if is_unstable(evidence) or is_flat(evidence) or is_stuck(evidence):
         return None
     found = course(evidence.steps)
     if evidence.evaluations and evidence.evaluations[-1].loss < _SMALL_GAP * found.final:
