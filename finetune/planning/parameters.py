@@ -61,6 +61,11 @@ class Parameters:
         return self.by_part.get("added", 0)
 
     @property
+    def in_base(self) -> bool:
+        """Whether what trains are the base's own parameters (full tuning) instead of additions to it."""
+        return not self.added
+
+    @property
     def total(self) -> int:
         """Of the model as it is trained: the base and what the method adds."""
         return sum(self.by_part.values())
