@@ -41,6 +41,8 @@ __all__ = [
     "plan",
     "prepare_data",
     "report",
+    "report_png",
+    "require_png",
     "spectrum",
     "stored_results",
     "train",
@@ -313,12 +315,27 @@ def places(run: Path) -> dict[str, Path]:
     return {name: path for name, path in parts.items() if path.exists()}
 
 
-def report(run: Path) -> Path:
-    """Write the page of a run from its files; returns the path of report.html."""
+def report(*runs: Path, page: Path | None = None) -> Path:
+    """Write one page of all ``runs`` from their files; returns its path: ``page``, or report.html in the run where there is one."""
     from finetune.reporting.html import write_report
     from finetune.runs import open_run
 
-    return write_report(open_run(run))
+    return write_report([open_run(run) for run in runs], page)
+
+
+def require_png(directory: Path) -> None:
+    """HardwareError or ConfigError where `report_png` could not write into ``directory``."""
+    from finetune.reporting.png import require_png as require
+
+    require(directory)
+
+
+def report_png(*runs: Path, directory: Path) -> list[Path]:
+    """Write the curves of ``runs``, overlaid, as DIRECTORY/NAME.png; returns their paths. Needs the extra `png`."""
+    from finetune.reporting.png import write_png
+    from finetune.runs import open_run
+
+    return write_png([open_run(run) for run in runs], directory)
 
 
 def _require_evaluation(overrides: Sequence[str]) -> None:

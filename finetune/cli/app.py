@@ -17,7 +17,16 @@ from typing import Annotated, NoReturn
 import typer
 
 from finetune import __version__, api
-from finetune.cli import analyze_command, combine_command, config_commands, data_commands, doctor_command, merge_command, plan_command
+from finetune.cli import (
+    analyze_command,
+    combine_command,
+    config_commands,
+    data_commands,
+    doctor_command,
+    merge_command,
+    plan_command,
+    report_command,
+)
 from finetune.cli.options import ConfigPath, Json, Overrides, RunPath
 from finetune.cli.workers import is_first, is_mine_to_tell
 from finetune.errors import FinetuneError
@@ -127,27 +136,7 @@ app.command("merge")(merge_command.merge)
 app.command("combine")(combine_command.combine)
 app.command("doctor")(doctor_command.doctor)
 app.command("analyze")(analyze_command.analyze)
-
-
-@app.command()
-def report(run: RunPath, as_json: Json = False) -> None:
-    """Show what a RUN is and what its last evaluation found, and write RUN/report.html: one page that opens from disk."""
-    from finetune.cli import view
-
-    results, page = api.stored_results(run), api.report(run)
-    places = api.places(run)
-    if as_json:
-        _print_json(
-            {"results": results.as_dict() if results else None, **{name: str(path) for name, path in places.items()}, "report": str(page)}
-        )
-        return
-    if results:
-        view.show_results(results)
-    elif "adapter" in places or "model" in places:
-        view.path(f"not evaluated yet: finetune eval {run}")
-    else:
-        view.path(f"not finished: finetune train {run / 'config.yaml'} --resume")
-    view.show_places({**places, "report": page})
+app.command("report")(report_command.report)
 
 
 def _print_path(name: str, path: Path, *, as_json: bool) -> None:
