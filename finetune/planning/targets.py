@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from finetune.config.schema import RegexTargets
 from finetune.errors import ConfigError, Problem
@@ -26,6 +27,7 @@ _INNER = frozenset({"down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out", "wo"})
 """Linear layers that read the inner activation of the MLP. Fused experts are no linear layers and have none."""
 
 
+@lru_cache(maxsize=1 << 14)  # asked several times of each of a 70B's two thousand tensors
 def roles_of(parameter: str) -> tuple[str, ...]:
     """Every role that a parameter's full name has, such as ``("lora-b", "attention")``."""
     tests = {
