@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from finetune.cli import view
-from finetune.data.shown import shown
+from finetune.cli.live.figures import Figures
+from finetune.cli.live.panel import Look, one_line, panel, plain_line
+from finetune.cli.live.pinned import Pinned, held, is_live
+from finetune.cli.workers import is_first
+from finetune.runs import RunDirectory
 
 if TYPE_CHECKING:
     from finetune.config.schema import Config
 
 _REST, _LEFT = "(rest)", ", AdamW"
 """Beginning and end of the names that the training gives to groups: what no entry matched, and what is left to AdamW."""
+_LINES = 20
+"""Of a whole run in a pipe, for steps that are quick."""
+_LONGEST_SILENCE_S = 300.0
+_SHOWN = 120
+"""Characters of a prompt or an answer in a pipe."""
 
 
 class TrainingView:
-    """Follows a run of ``config``."""
+    """Follows a run of ``config``; ``planned_speed``: tokens a second that the plan counted with, where it has a figure."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, planned_speed: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
+        self._clock = clock
         self._preparation = view.Preparation()
-        self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=None),
-            TextColumn("loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]} tok/s"),
-            TimeRemainingColumn(compact=True),
-            console=view.err,
-            transient=False,
-            expand=True,
-        )
-        self._task: TaskID | None = None
-        self._tokens = 0
-        self._seconds = 0.0
+        self._figures = Figures(clock)
+        self._figures.max_norm = config.train.max_grad_norm
+        blocks = (view.err.encoding or "").lower().startswith("utf")
+        self._look = Look(config.train.epochs, blocks, planned_speed, config.data.validation is not None)
+        self._pinned: Pinned | None = None
         self._every = 1
+        self._spoken = clock()
 
     def __call__(self, event: Any) -> None:
         """Show one event of the run."""
@@ -47,13 +54,26 @@ class TrainingView:
 
     @contextmanager
     def running(self) -> Iterator[TrainingView]:
-        """Keep the terminal clean even when the run ends in an error."""
+        """Keep the terminal clean even when the run ends in an error; of several workers, the first alone draws."""
+        quiet = nullcontext() if is_first() or not is_live(view.err) else held(f"worker {os.environ['RANK']}")
         try:
-            yield self
+            with quiet:
+                yield self
         finally:
             self._preparation.clear()
-            if self._task is not None and view.err.is_terminal:  # elsewhere it was never shown
-                self._progress.stop()
+            if self._pinned is not None:
+                self._pinned.stop()
+
+    def _on_planned(self, event: Any) -> None:
+        from finetune.cli.plan_command import short
+
+        if event.plan is None:
+            view.note(f"No plan of memory and time: {event.reason}")
+            return
+        first, *rest = short(event.plan)
+        view.err.print(Text(view.hanging(first, 2)), soft_wrap=True)
+        for line in rest:
+            view.err.print(Text(f"  {view.hanging(line, 4)}", style="dim"), soft_wrap=True)
 
     def _on_preparing(self, event: Any) -> None:
         self._preparation(event.stage, event.done, event.of)
@@ -66,14 +86,18 @@ class TrainingView:
             f"{event.steps.total} steps over {counts['training rows']:,} rows, {counts['training tokens']:,} tokens an epoch."
         )
         view.err.print(Text(view.hanging(first, 2)), soft_wrap=True)
+        if event.done:
+            view.err.print(Text(f"Resuming from step {event.done} of {event.steps.total}."), soft_wrap=True)
         choices = (f"{name}: {value} ({reason})" for name, (value, reason) in event.choices.items())
         for text in (*choices, *self._length(event.steps), *map(_with_whole_pairs, event.notes)):
             view.err.print(Text(f"  {view.hanging(text, 4)}".replace(_HARD_SPACE, " "), style="dim"), soft_wrap=True)
         view.err.print(_groups(event.groups, self._config.optimizer.method))
-        self._every = max(1, event.steps.total // 20)
-        self._task = self._progress.add_task("train", total=event.steps.total, completed=event.done, loss="-", rate="-", speed="-")
-        if view.err.is_terminal:
-            self._progress.start()
+        self._every = max(1, event.steps.total // _LINES)
+        before = RunDirectory(Path(self._config.output)).metric_rows() if event.done else []
+        self._figures.start(event.steps.total, event.done, event.device_bytes, (row for row in before if row["step"] <= event.done))
+        if is_live(view.err):
+            self._pinned = Pinned(view.err, lambda width, height: panel(self._figures, self._look, width, height))
+            self._pinned.start()
 
     def _length(self, steps: Any) -> Iterator[str]:
         """That the epochs end first, where more steps were asked for."""
@@ -85,22 +109,23 @@ class TrainingView:
         view.path(f"{event.path} is already finished; for another run choose another output")
 
     def _on_stepdone(self, event: Any) -> None:
-        self._tokens += event.tokens
-        self._seconds += event.seconds
-        speed = f"{self._tokens / self._seconds:.0f}"
-        rate = f"{max(event.learning_rates.values()):.1e}"
-        if self._task is not None:
-            self._progress.update(self._task, completed=event.step, loss=f"{event.loss:.3f}", rate=rate, speed=speed)
-        if not view.err.is_terminal and (event.step % self._every == 0 or event.step == 1):
-            view.err.print(f"step {event.step}  loss {event.loss:.4f}  grad norm {event.grad_norm:.3f}  lr {rate}  {speed} tok/s")
+        first = self._figures.speed is None
+        row = asdict(event)
+        self._figures.stepped(row)
+        silent = self._clock() - self._spoken
+        if self._pinned is None and (first or event.step % self._every == 0 or silent > _LONGEST_SILENCE_S):
+            self._print(plain_line(row, self._figures))
 
     def _on_evaluated(self, event: Any) -> None:
+        self._figures.evaluated(event.step, event.validation_loss)
         self._print(f"step {event.step}: validation loss {event.validation_loss:.4f}" + (" (best)" if event.best else ""))
 
     def _on_sampled(self, event: Any) -> None:
-        for sample in event.samples:
-            said, answered = (shown(" ".join(text.split()), 60) for text in (sample.prompt, sample.text))
-            view.err.print(Text(f"step {event.step}: {said} -> {answered}"), soft_wrap=True)
+        samples = [asdict(sample) for sample in event.samples]
+        self._figures.sampled(event.step, samples)
+        for sample in samples if self._pinned is None else ():
+            said, answered = one_line(sample["prompt"], _SHOWN), one_line(sample["text"], _SHOWN)
+            self._print(f"step {event.step}: sample: {said} -> {answered or '(nothing)'}")
 
     def _on_checkpointsaved(self, event: Any) -> None:
         if event.step:
@@ -109,8 +134,16 @@ class TrainingView:
     def _on_checkpointdamaged(self, event: Any) -> None:
         self._print(f"{event.path.name} is damaged ({event.reason}); going on from an older one. It now lies at {event.aside}")
 
+    def _on_trackerlost(self, event: Any) -> None:
+        self._print(f"{event.name} takes no more figures ({event.reason}); the run goes on, and metrics.jsonl has them all")
+
     def _print(self, text: str, style: str = "") -> None:
-        (self._progress.console if view.err.is_terminal else view.err).print(text, style=style)
+        """One line, which stays one in a pipe."""
+        self._spoken = self._clock()
+        if self._pinned is not None:
+            self._pinned.print(Text(text, style=style))
+        else:
+            view.err.print(Text(text, style=style), soft_wrap=True)
 
 
 def share(part: int, whole: int) -> str:

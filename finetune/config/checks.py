@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from finetune.config import data_checks, distributed_checks, group_checks, name_checks, optimizer_checks, schedule_checks, tuning_checks
+from finetune.config import (
+    data_checks,
+    distributed_checks,
+    evaluation_checks,
+    group_checks,
+    name_checks,
+    optimizer_checks,
+    sample_checks,
+    schedule_checks,
+    tuning_checks,
+)
 from finetune.config.finding import Finding
 from finetune.config.schema import Config
 
@@ -41,4 +51,6 @@ _CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     data_checks.twice,
     data_checks.validation,
     data_checks.tasks,
+    evaluation_checks.evaluation_tasks,
+    sample_checks.samples,
 )

@@ -30,7 +30,9 @@ from finetune.config.evaluation import (
     Task,
 )
 from finetune.config.optimizer import ROLES, Galore, Group, Optimizer, Schedule
+from finetune.config.samples import Samples
 from finetune.config.section import Count, Positive, Section
+from finetune.config.tracking import Tracking
 from finetune.config.tuning import (
     AdaLora,
     Bitfit,
@@ -99,6 +101,7 @@ __all__ = [
     "Prompt",
     "Quantization",
     "RegexTargets",
+    "Samples",
     "Schedule",
     "Section",
     "Source",
@@ -106,6 +109,7 @@ __all__ = [
     "Targets",
     "Task",
     "TiedLora",
+    "Tracking",
     "Train",
     "Tuning",
     "ValidationSplit",
@@ -212,18 +216,11 @@ class Train(Section):
     """When state is saved."""
     early_stopping: EarlyStopping | None = None
     """Null: run to the end."""
+    samples: Samples | None = None
+    """Let the model answer a few prompts now and then; null: never."""
 
 
 # --- the rest ------------------------------------------------------------------------------------------------------------------------
-
-
-class Tracking(Section):
-    """Where metrics go besides metrics.jsonl."""
-
-    tensorboard: bool = False
-    """Write TensorBoard event files into the run directory (extra `tracking`)."""
-    wandb: bool = False
-    """Log to Weights & Biases (extra `tracking`; log in with `wandb login`)."""
 
 
 class Config(Section):

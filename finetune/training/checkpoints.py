@@ -40,6 +40,8 @@ class Progress:
     stopped_early: bool = False
     evaluation_due: bool = False
     """The validation of this step is still to be done: a signal came before its end."""
+    samples_due: bool = False
+    """The same of its samples."""
 
     def advanced(self, **changes: Any) -> Progress:
         """A copy with ``changes``."""

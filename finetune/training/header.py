@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from finetune.config.schema import Config
+from finetune.hardware import host_memory
 from finetune.model.adapters import count_parameters, trainable
 from finetune.training.build import Built
 from finetune.training.metrics import Started
@@ -15,6 +18,10 @@ def _kernels(built: Built) -> tuple[str, str]:
     if built.accelerated is None:
         return "plain", "stated in train.kernels"
     return built.accelerated.summary, "where a probe of the model found them exact"
+
+
+def _memory(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else host_memory()
 
 
 def started(config: Config, parts: Parts, accelerator: Any, start: Start) -> Started:
@@ -37,4 +44,5 @@ def started(config: Config, parts: Parts, accelerator: Any, start: Start) -> Sta
         },
         notes=(*start.notes, *parts.built.notes),
         device=f"{accelerator.num_processes} x {accelerator.device.type}, base {config.quantization.method}",
+        device_bytes=_memory(accelerator.device),
     )

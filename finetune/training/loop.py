@@ -21,7 +21,7 @@ from finetune.training.batching import dropout_seed, global_batch, micro_batches
 from finetune.training.checkpoints import Progress
 from finetune.training.distributed import idle_rounds
 from finetune.training.lanes import run_lanes, split
-from finetune.training.metrics import StepDone
+from finetune.training.metrics import Sampled, StepDone
 from finetune.training.optimizer import rate_factor, set_rates
 from finetune.training.participation import require_change, require_gradients, sums_of
 from finetune.training.session import CALMER, Session
@@ -37,7 +37,7 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
     """
     start = sums_of(session.parameters)
     first = progress.step
-    if progress.evaluation_due:  # a signal came while it ran
+    if progress.evaluation_due or progress.samples_due:  # a signal came while they ran
         progress = _conclude(session, progress, stop)
     while progress.step < session.steps.total and not progress.stopped_early:
         row = _optimizer_step(session, progress.step, check_gradients=progress.step == first)
@@ -47,6 +47,7 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
             tokens=progress.tokens + row.tokens,
             supervised_tokens=progress.supervised_tokens + row.supervised_tokens,
             evaluation_due=bool(session.data.validation) and _due(row.step, session.config.train.evaluate.every_steps, session.steps),
+            samples_due=_samples_due(session, row.step),
         )
         progress = _conclude(session, progress, stop)
     if first == 0 and progress.step > 1:  # a resumed run may have only the schedule's last, tiny steps left
@@ -56,8 +57,10 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
 
 
 def _conclude(session: Session, progress: Progress, stop: StopRequest) -> Progress:
-    """What follows a step: validation and a checkpoint where they are due; RunInterruptedError where a signal came."""
+    """What follows a step: samples, validation and a checkpoint where they are due; RunInterruptedError where a signal came."""
     improved = False
+    if progress.samples_due:
+        progress = _take_samples(session, progress, stop)
     if progress.evaluation_due:
         progress, improved = validate(session, progress, stop)
     stopping = session.any_device(bool(stop))
@@ -71,6 +74,22 @@ def _conclude(session: Session, progress: Progress, stop: StopRequest) -> Progre
             fix=f"finetune train {session.config.output}/config.yaml --resume",
         )
     return progress
+
+
+def _samples_due(session: Session, step: int) -> bool:
+    asked = session.config.train.samples
+    return asked is not None and session.sampler is not None and _due(step, asked.every_steps, session.steps)
+
+
+def _take_samples(session: Session, progress: Progress, stop: StopRequest) -> Progress:
+    """Let the model answer; after a signal it is given up, and stays due. One device does it, where it has the whole model."""
+    takes_part = session.sampler is not None and (session.spread or session.accelerator.process_index == 0)
+    found = session.sampler.sample(session.scorer, stop, in_step=session.spread) if session.sampler and takes_part else None
+    if session.any_device(takes_part and found is None):
+        return progress
+    if found is not None:
+        session.record(Sampled(progress.step, *found))
+    return progress.advanced(samples_due=False)
 
 
 def _due(step: int, every: int | None, steps: Steps) -> bool:

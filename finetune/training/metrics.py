@@ -10,9 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.planning.plan import Plan
 from finetune.planning.steps import Steps
 from finetune.runs import RunDirectory
 from finetune.sealed import write_text, writing
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What the run will be, told before data is read or a weight is loaded."""
+
+    plan: Plan | None
+    reason: str
+    """Why there is no plan; empty where there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,8 @@ class Started:
     """Each "auto": what was chosen and why."""
     notes: tuple[str, ...]
     device: str
+    device_bytes: int
+    """Memory of the device that each process computes on; of the host for a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +124,14 @@ class CheckpointDamaged:
 
 
 @dataclass(frozen=True, slots=True)
+class TrackerLost:
+    """A service that no longer takes figures; the run goes on without it, and metrics.jsonl has them all."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class AlreadyFinished:
     """The run that was to be resumed has nothing left to do."""
 
@@ -123,7 +143,7 @@ Row = StepDone | Evaluated | Sampled
 KINDS: dict[type[Row], str] = {StepDone: "step", Evaluated: "evaluation", Sampled: "sample"}
 """``kind`` of each row."""
 
-Event = AlreadyFinished | Preparing | Started | Row | CheckpointSaved | CheckpointDamaged
+Event = AlreadyFinished | Planned | Preparing | Started | Row | CheckpointSaved | CheckpointDamaged | TrackerLost
 Observer = Callable[[Event], None]
 
 

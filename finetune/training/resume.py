@@ -24,7 +24,7 @@ _NOT_COMPARED: dict[str, Any] = {
     "evaluation": True,
     "distributed": True,
     "data": {"processes": True},
-    "train": {"tokens_per_device": True, "gradient_checkpointing": True, "checkpoint": True},
+    "train": {"tokens_per_device": True, "gradient_checkpointing": True, "checkpoint": True, "samples": True},
 }
 """What does not change what is trained, only where it goes, how much memory it takes and what is kept. (The cut into micro-batches decides
 which numbers dropout draws, so a run with dropout that goes on with other tokens_per_device is equal in distribution, not bitwise.)"""

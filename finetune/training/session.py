@@ -20,6 +20,7 @@ from finetune.training.distributed import is_spread
 from finetune.training.input_clock import InputClock
 from finetune.training.lanes import can_share
 from finetune.training.metrics import Row
+from finetune.training.samples import Sampler
 
 CALMER = "lower optimizer.learning_rate or lengthen the warm-up; the last checkpoint is intact"
 """What to do about losses that are not finite."""
@@ -40,6 +41,8 @@ class Session:
     """Where rows go: metrics.jsonl and whoever watches."""
     save: Callable[[Progress], None]
     """Write a checkpoint."""
+    sampler: Sampler | None = None
+    """What is asked while training."""
     parameters: dict[str, torch.nn.Parameter] = field(init=False)
     spread: bool = field(init=False)
     """Whether the blocks of the model are shared out, so that every device must run the same number of passes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 
 from finetune.card import base_license
 from finetune.config.schema import AdaLora, Config
+from finetune.data.counted import note_of, remember
 from finetune.data.prepare import PreparedData, prepare
 from finetune.data.render import Renderer
 from finetune.errors import ConfigError, HardwareError, RunInterruptedError, VerificationError
@@ -45,29 +46,28 @@ from finetune.training.checkpoints import (
 )
 from finetune.training.distributed import explained, require_own_launch
 from finetune.training.export import export
+from finetune.training.forecast import announce
 from finetune.training.header import started
 from finetune.training.loop import fit
 from finetune.training.metrics import (
     AlreadyFinished,
     CheckpointDamaged,
     CheckpointSaved,
-    Evaluated,
-    Event,
     MetricsFile,
     Observer,
     Preparing,
     Row,
-    StepDone,
     ignore,
 )
 from finetune.training.optimizer import build_optimizer
 from finetune.training.probe import probe_gpu
 from finetune.training.records import Parts, Request, Start, begin, failure_noted, require_room, run_id
 from finetune.training.resume import identity, same_settings
+from finetune.training.samples import Sampler, make_sampler
 from finetune.training.session import Session
 from finetune.training.sharding import shard
 from finetune.training.signals import Interruption, StopRequest, stop_on_signals
-from finetune.training.tracking import require_trackers, scalars, trackers
+from finetune.training.tracking import require_trackers, trackers
 from finetune.training.writer import CheckpointWriter
 
 
@@ -83,6 +83,15 @@ class Inputs:
     steps: Steps
 
 
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """Who looks on while the steps run."""
+
+    sampler: Sampler | None
+    observer: Observer
+    stop: StopRequest
+
+
 def gather(config: Config, progress: Callable[[str, int, int], None] = lambda *_: None) -> Inputs:
     """Find the model, prepare the data and decide every "auto"; nothing is written but the cache of prepared data.
 
@@ -90,7 +99,9 @@ def gather(config: Config, progress: Callable[[str, int, int], None] = lambda *_
     """
     base = resolve_model(config.model.id, config.model.revision)
     renderer = Renderer(load_tokenizer(base, config.model.new_tokens))
+    note = note_of(config)
     data = prepare(config.data, renderer, config.seed, progress)
+    remember(note, data.report)
     crowd = Crowd(read_weights(base), *crowd_size())
     return Inputs(base, renderer, data, resolve(config, detect(), crowd), count_steps(config, len(data.train)))
 
@@ -135,7 +146,9 @@ def _train(run: RunDirectory, config: Config, observer: Observer, stop: StopRequ
         newest, damaged = (None, []) if accept is None else _newest(run)
         require_trackers(config.tracking)
         require_own_launch()
+        announce(config, observer, first=is_first(), new=accept is None)
         inputs = gather(config, lambda stage, done, of: observer(Preparing(stage, done, of)))
+        sampler = make_sampler(config, inputs.renderer, inputs.data.validation)
         base_license(inputs.base, config.model.id)  # the card names it: what cannot be read is known now, and not after the last step
         if accept is not None:
             inputs = replace(inputs, resolved=inputs.resolved.pinned(**read_json(run.environment)["computed_in"]))
@@ -157,9 +170,8 @@ def _train(run: RunDirectory, config: Config, observer: Observer, stop: StopRequ
         if newest:
             load_checkpoint(newest, built.model, parts.optimizer)
         observer(started(config, parts, accelerator, start))
-        opened: AbstractContextManager[list[Any]] = trackers(config.tracking, run) if accelerator.is_main_process else nullcontext([])
-        with opened as watching, failure_noted(run, accelerator):
-            progress = _train_from(start, config, parts, accelerator, _joined(observer, watching), stop)
+        with trackers(config, start, observer, accelerator) as told, failure_noted(run, accelerator):
+            progress = _train_from(start, config, parts, accelerator, Watching(sampler, told, stop))
         if accelerator.is_main_process:
             export(run, config, inputs.renderer.tokenizer, built.model, progress)
         accelerator.wait_for_everyone()
@@ -247,8 +259,9 @@ def _equip(config: Config, inputs: Inputs, built: Built, accelerator: Any) -> Pa
     return Parts(inputs, built, groups, build_optimizer(parameters, groups, decided), decided.method)
 
 
-def _train_from(start: Start, config: Config, parts: Parts, accelerator: Any, observer: Observer, stop: StopRequest) -> Progress:
+def _train_from(start: Start, config: Config, parts: Parts, accelerator: Any, watching: Watching) -> Progress:
     """Train to the end; returns when the last checkpoint is on disk."""
+    observer, stop = watching.observer, watching.stop
     run, own_id, model, inputs = start.run, run_id(start.run), parts.built.model, parts.inputs
     due = start.progress.evaluation_due
     metrics = MetricsFile(run, start.progress.step, evaluation_due=due) if accelerator.is_main_process else None
@@ -273,7 +286,9 @@ def _train_from(start: Start, config: Config, parts: Parts, accelerator: Any, ob
             accelerator.wait_for_everyone()
 
         scorer = Scorer(model, accelerator.device, inputs.resolved.precision.value, inputs.resolved.tokens_per_device.value)
-        session = Session(config, inputs.steps, inputs.data, scorer, parts.optimizer, parts.groups, accelerator, record, save)
+        session = Session(
+            config, inputs.steps, inputs.data, scorer, parts.optimizer, parts.groups, accelerator, record, save, watching.sampler
+        )
         if start.preflight:
             save(start.progress)
             writer.wait()  # proves before the first step that a checkpoint can be written (pitfall B7)
@@ -291,15 +306,3 @@ def _fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
             where=session.config.output,
             fix=f"finetune train {session.config.output}/config.yaml --resume -o train.tokens_per_device={max(16, budget // 2)}",
         ) from error
-
-
-def _joined(observer: Observer, watching: list[Any]) -> Observer:
-    """``observer`` and every tracker."""
-
-    def tell(event: Event) -> None:
-        observer(event)
-        if isinstance(event, StepDone | Evaluated):
-            for tracker in watching:
-                tracker.log(scalars(event), step=event.step)
-
-    return tell

@@ -92,7 +92,10 @@ def test_training_in_a_terminal_fits_its_width(
     config = write_config(train={"epochs": 1, "batch_size": 8, "precision": "fp32"}, optimizer={"groups": {"mlp": {"lr_ratio": 2.0}}})
     lines = terminal(["train", str(config)], columns, tmp_path)
     text = "\n".join(lines)
-    assert re.search(r"step (\d+)/\1 .*loss \d\.\d+ +lr \S+ +\d+ tok/s", text), text
+    assert re.search(r"^step (\d+)/\1  100%  0:00 left", text, re.M), text
+    for label in ("loss", "validation", "gradient", "rate", "speed", "memory"):
+        assert len(re.findall(rf"^{label}  +\S", text, re.M)) == 1, text
+    assert re.search(r"^rate +\(rest\) 2\.00e-04, mlp 4\.00e-04|^rate +mlp .*", text, re.M), text
     assert re.search(r"^mlp +\d+ +[\d,]+ +4\.00e-04 +0\.01$", text, re.M), text
     assert str(tmp_path / "run") in text.replace("\n", "")
 

@@ -35,6 +35,7 @@ def shown(config: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 choices={"precision": ("fp32", "the processor has no fast bf16 matrix products, which makes fp32 the quicker one here")},
                 notes=(LOFTQ,),
                 device="1 x cpu, base nf4",
+                device_bytes=2**34,
             )
         )
     return [line.rstrip() for line in stream.getvalue().splitlines()]
