@@ -7,7 +7,6 @@ configuration match names. What config.json leaves out has transformers' default
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from finetune.config.schema import Model
 from finetune.errors import ConfigError
 from finetune.planning import families
+from finetune.planning.config_json import CONFIG, cached_copy, count_tokens, flag, optional_size, read_config, size
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 BUILTIN = "builtin:smollm2-135m"
@@ -171,7 +171,6 @@ _FAMILIES: dict[str, _Family] = {
     "phi3": _Family(fused=True),
 }
 _OF_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size", "moe_num_experts")
-_PLAN_ALONE = "only the plan needs the shapes: `finetune train` goes by the model itself"
 
 
 def known_families() -> tuple[str, ...]:
@@ -190,10 +189,10 @@ def read_shape(config: Mapping[str, Any], where: str, tokens: int | None = None)
     if not isinstance(name, str) or family is None or any(config.get(key) for key in _OF_EXPERTS):
         raise _unknown(config, where)
     hidden, inner, layers, heads, vocab = (
-        _size(config, key, where) for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        size(config, key, where) for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     )
-    kv_heads = _optional_size(config, "num_key_value_heads", family.kv_heads or heads, where)
-    head_dim = _optional_size(config, "head_dim", family.head_dim or hidden // heads, where)
+    kv_heads = optional_size(config, "num_key_value_heads", family.kv_heads or heads, where)
+    head_dim = optional_size(config, "head_dim", family.head_dim or hidden // heads, where)
     block = _Block(hidden, inner, heads * head_dim, kv_heads * head_dim)
     return ModelShape(
         family=name,
@@ -205,7 +204,7 @@ def read_shape(config: Mapping[str, Any], where: str, tokens: int | None = None)
         kv_heads=kv_heads,
         head_dim=head_dim,
         inner=inner,
-        tied=_flag(config, "tie_word_embeddings", family.tied, where),
+        tied=flag(config, "tie_word_embeddings", family.tied, where),
         matrices=_matrices(family, block, config, where),
         norms=_norms(family, block, head_dim),
         tokens=tokens,
@@ -223,9 +222,9 @@ class _Block:
 
 
 def _matrices(family: _Family, block: _Block, config: Mapping[str, Any], where: str) -> tuple[Matrix, ...]:
-    stated = family.biases == "stated" and _flag(config, "attention_bias", False, where)
+    stated = family.biases == "stated" and flag(config, "attention_bias", False, where)
     qkv = stated or family.biases == "qkv"
-    inner = family.mlp_bias and _flag(config, "mlp_bias", False, where)
+    inner = family.mlp_bias and flag(config, "mlp_bias", False, where)
     hidden = block.hidden
     if family.fused:
         return (
@@ -251,40 +250,15 @@ def _norms(family: _Family, block: _Block, head_dim: int) -> tuple[Norm, ...]:
     return (*of_heads, *(Norm(name, block.hidden) for name in family.norms))
 
 
-# --- reading a config.json -----------------------------------------------------------------------------------------------------------
-
-
 def _unknown(config: Mapping[str, Any], where: str) -> ConfigError:
     name = config.get("model_type")
-    known = f"shapes are known of {', '.join(_FAMILIES)}; {_PLAN_ALONE}"
+    known = f"shapes are known of {', '.join(_FAMILIES)}; only the plan needs them: `finetune train` goes by the model itself"
     if not isinstance(name, str):
         return ConfigError("config.json names no architecture (`model_type`)", where=where, fix="copy the model's own config.json")
     if any(config.get(key) for key in _OF_EXPERTS):
         return ConfigError(f"{name} is a mixture of experts, whose shapes this version does not know", where=where, fix=known)
-    if "text_config" in config:
-        return ConfigError(f"{name} is more than a language model, and its shapes are not known", where=where, fix=known)
-    return ConfigError(f"the shapes of the architecture {name!r} are not known", where=where, fix=known)
-
-
-def _size(config: Mapping[str, Any], key: str, where: str) -> int:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        what = f"config.json lacks `{key}`" if value is None else f"`{key}` is {value!r}, not a positive integer"
-        raise ConfigError(what, where=where, fix="copy the model's own config.json")
-    return value
-
-
-def _optional_size(config: Mapping[str, Any], key: str, default: int, where: str) -> int:
-    return default if config.get(key) is None else _size(config, key, where)
-
-
-def _flag(config: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
-    value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise ConfigError(f"`{key}` is {value!r}, not true or false", where=where, fix="copy the model's own config.json")
-    return value
+    more = ", which is more than a language model," if "text_config" in config else ""
+    return ConfigError(f"the shapes of the architecture {name!r}{more} are not known", where=where, fix=known)
 
 
 # --- from model.id -------------------------------------------------------------------------------------------------------------------
@@ -304,7 +278,7 @@ def find_shape(model: Model) -> ModelShape:
         return _shipped(model.id)
     if model.id.startswith((".", "/", "~", "builtin:")) or model.id.count("/") > 1:
         raise ConfigError(f"{model.id!r} is neither a directory nor a hub id", where="model.id", fix="a hub id reads owner/name")
-    cached = _in_cache(model)
+    cached = cached_copy(model)
     if cached is None:
         pinned = f" --revision {model.revision}" if model.revision else ""
         raise ConfigError(
@@ -312,7 +286,7 @@ def find_shape(model: Model) -> ModelShape:
             where=f"model.id: {model.id}",
             fix=f"with network: hf download {model.id} config.json{pinned}",
         )
-    return _of_directory(cached.parent, model)
+    return _of_directory(cached, model)
 
 
 def _shipped(model_id: str) -> ModelShape:
@@ -322,39 +296,6 @@ def _shipped(model_id: str) -> ModelShape:
 
 
 def _of_directory(directory: Path, model: Model) -> ModelShape:
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        where = f"model.id: {directory}"
-        raise ConfigError("the directory holds no config.json", where=where, fix="name a transformers model directory") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read config.json: {error}", where=str(path), fix="copy the model's own config.json") from error
-    if not isinstance(config, dict):
-        raise ConfigError("config.json holds no object", where=str(path), fix="copy the model's own config.json")
-    # a tokenizer of 128k tokens takes a third of a second to read, and only new tokens ask for it
-    return read_shape(config, str(path), _tokens_of(directory) if model.new_tokens else None)
-
-
-def _tokens_of(directory: Path) -> int | None:
-    """Tokens of the tokenizer in ``directory``, added ones included; None where it is not stored as JSON."""
-    try:
-        stored = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-        vocabulary = stored["model"]["vocab"]
-        found = {entry if isinstance(entry, str) else entry[0] for entry in vocabulary}
-        found |= {added["content"] for added in stored.get("added_tokens", ())}
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return len(found)
-
-
-def _in_cache(model: Model) -> Path | None:
-    """The config.json of a hub repository that was downloaded before."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
-    except HFValidationError as error:
-        raise ConfigError(f"{model.id!r} is not a hub id", where="model.id", fix="a hub id reads owner/name") from error
-    return Path(found) if isinstance(found, str) else None
+    # the whole tokenizer has to be read for its length, and only new tokens ask for it
+    tokens = count_tokens(directory) if model.new_tokens else None
+    return read_shape(read_config(directory), str(directory / CONFIG), tokens)
