@@ -7,21 +7,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from finetune.model.head import causal_model
 from finetune.model.virtual import virtual_tokens
 
 
-class _GivenUp(StoppingCriteria):
-    """Ends a continuation from outside."""
+def _outside(give_up: Callable[[], bool]) -> Callable[..., torch.Tensor]:
+    """What ends a continuation from outside."""
 
-    def __init__(self, give_up: Callable[[], bool]) -> None:
-        self._give_up = give_up
-
-    def __call__(self, input_ids: torch.Tensor, scores: object, **_: Any) -> torch.Tensor:
+    def ended(input_ids: torch.Tensor, scores: object, **_: Any) -> torch.Tensor:
         del scores
-        return torch.full((len(input_ids),), self._give_up(), dtype=torch.bool, device=input_ids.device)
+        return torch.full((len(input_ids),), give_up(), dtype=torch.bool, device=input_ids.device)
+
+    return ended
 
 
 @torch.no_grad()
@@ -47,7 +46,7 @@ def continuation(
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            stopping_criteria=StoppingCriteriaList([_GivenUp(give_up)]),
+            stopping_criteria=StoppingCriteriaList([_outside(give_up)]),
             synced_gpus=in_step,
         )
     found: list[int] = out[0, len(prompt) :].tolist()
