@@ -57,17 +57,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def plan(config: Config, *, gpu: int | None = None, devices: int = 1, tokens_per_second: float | None = None) -> Plan:
-    """What a run of ``config`` will be on ``devices`` of this machine, or of a GPU with ``gpu`` gigabytes; loads neither weights nor torch."""
+    """What a run of ``config`` will be on ``devices`` of this machine, or of a ``gpu`` of so many GB; loads neither weights nor torch."""
     from finetune.data.counted import count
     from finetune.hardware import survey
     from finetune.planning.placement import machine_of_size
     from finetune.planning.plan import make_plan
+    from finetune.planning.strategy import Crowd
     from finetune.planning.throughput import stated_speed
     from finetune.reporting.speed import speed_of_run
 
     machine = survey() if gpu is None else machine_of_size(gpu, devices)
     speed = speed_of_run(config, machine, devices) if tokens_per_second is None else stated_speed(tokens_per_second)
-    return make_plan(config, machine, count(config), world=devices, speed=speed)
+    return make_plan(config, machine, count(config), crowd=Crowd(world=devices, on_this_machine=devices), speed=speed)
 
 
 def prepare_data(config: Config, progress: Callable[[str, int, int], None] = lambda *_: None) -> Inputs:

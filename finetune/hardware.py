@@ -183,6 +183,15 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
+def swap_memory() -> int:
+    """Bytes of disk that the kernel may use as RAM; 0 where it does not say."""
+    path = Path("/proc/meminfo")
+    for line in path.read_text(encoding="ascii").splitlines() if path.is_file() else ():
+        if line.startswith("SwapTotal:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def peak_memory() -> int:
     """The most bytes of RAM that this process has had so far (not those of a process that it was started from)."""
     path = Path("/proc/self/status")

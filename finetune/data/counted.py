@@ -61,19 +61,23 @@ def remember(note: Path | None, report: DataReport) -> None:
     """Keep what preparation counted under ``note``, which was asked for before the data was read."""
     if note is None:
         return
+    with suppress(HardwareError, OSError):  # a cache that cannot be written costs the plan of tomorrow a figure, and this run nothing
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, asdict(counts_of(report)))
+
+
+def counts_of(report: DataReport) -> DataCounts:
+    """What a plan needs of a preparation's report."""
     train = report.train
-    counts = DataCounts(
+    return DataCounts(
         rows=train.examples,
         validation_rows=report.validation.examples,
-        origin="prepared before, with these options",
+        origin="prepared with these options",
         exact=True,
         tokens=train.tokens,
         supervised=train.supervised,
         longest=train.longest,
     )
-    with suppress(HardwareError, OSError):  # a cache that cannot be written costs the plan of tomorrow a figure, and this run nothing
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, asdict(counts))
 
 
 def count(config: Config) -> DataCounts | None:

@@ -33,8 +33,15 @@ class Subject:
     shape: ModelShape
     parameters: Parameters
     data: DataCounts | None
-    world: int
-    """Processes that train together, one a device, all on one machine."""
+    crowd: Crowd
+    """The processes that train together, one a device; their weights are those of ``shape``."""
+    resolved: Resolved | None
+    """What was decided already, where a run has done so."""
+
+    @property
+    def world(self) -> int:
+        """Processes in all."""
+        return self.crowd.world
 
     @property
     def longest(self) -> int:
@@ -113,13 +120,13 @@ def machine_of_size(gigabytes: int, devices: int = 1) -> Machine:
 def place(subject: Subject, machine: Machine) -> Placement:
     """Decide what is open for ``machine``, and estimate. ConfigError where the configuration asks for what such a machine lacks."""
     shape, config = subject.shape, subject.config
-    crowd = Crowd(Weights(shape.blocks_scalars, shape.other_scalars), subject.world, subject.world)
-    resolved = resolve(config, machine, crowd)
-    threads = max(1, _cores(machine) // subject.world) if machine.kind == "cpu" else 1
+    copies = subject.crowd.on_this_machine if machine.kind == "cpu" else 1
+    crowd = replace(subject.crowd, weights=Weights(shape.blocks_scalars, shape.other_scalars))
+    resolved = subject.resolved or resolve(config, machine, crowd)
+    threads = max(1, _cores(machine) // copies) if machine.kind == "cpu" else 1
     setting = setting_of(resolved, machine.kind, world=subject.world, threads=threads, example_tokens=subject.example_tokens)
-    copies = subject.world if machine.kind == "cpu" else 1
-    is_measured = machine.kind == "cuda" and config.train.tokens_per_device == "auto" and setting.strategy == "ddp"
-    if is_measured:
+    is_open = subject.resolved is None and config.train.tokens_per_device == "auto"
+    if is_open and machine.kind == "cuda" and setting.strategy == "ddp":
         tokens = _largest(subject, setting, machine.memory_bytes)
         reason = f"about what {machine.memory_bytes / 2**30:.0f} GiB hold; measured before the first step"
         resolved = replace(resolved, tokens_per_device=Choice(tokens, reason))

@@ -6,7 +6,7 @@ is an estimate says so.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from finetune.config.schema import Config
@@ -17,10 +17,14 @@ from finetune.planning.gpus import GPUS, Gpu
 from finetune.planning.length import DataCounts, Length, length_of
 from finetune.planning.parameters import Parameters, count_parameters
 from finetune.planning.placement import Placement, Subject, machine_of, place
+from finetune.planning.resolve import Resolved
 from finetune.planning.shapes import ModelShape, find_shape
+from finetune.planning.strategy import Crowd
 from finetune.planning.throughput import Cost, Speed, cost_of, estimated_speed, operations_per_token
 
 __all__ = ["DataCounts", "Plan", "make_plan", "refuse_hopeless"]
+
+_ALONE = Crowd()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +80,30 @@ class Plan:
         }
 
 
-def make_plan(config: Config, machine: Machine, data: DataCounts | None, *, world: int = 1, speed: Speed | None = None) -> Plan:
-    """The plan of ``config`` on ``world`` devices of ``machine``.
+def make_plan(
+    config: Config,
+    machine: Machine,
+    data: DataCounts | None,
+    *,
+    crowd: Crowd = _ALONE,
+    speed: Speed | None = None,
+    resolved: Resolved | None = None,
+) -> Plan:
+    """The plan of ``config`` on ``machine``, alone or in ``crowd`` (whose weights are not looked at).
 
-    ``speed``: stated or measured there; without it, it is estimated where the GPU's rate is known. ConfigError where the model's shapes
-    are not known, where `tuning` fits nothing in it, and where the configuration asks for what the machine lacks.
+    ``resolved``: what a run has decided already. ``speed``: stated or measured there; without it, it is estimated where the GPU's rate is
+    known. ConfigError where the model's shapes are not known, where `tuning` fits nothing in it, and where the configuration asks for
+    what the machine lacks.
     """
     shape = find_shape(config.model)
-    subject = Subject(config, shape, count_parameters(shape, config), data, world)
+    subject = Subject(config, shape, count_parameters(shape, config), data, crowd, resolved)
+    elsewhere = replace(subject, resolved=None)
     length = length_of(config, data) if data else None
     here = place(subject, machine)
     listed = _named(machine.name)
     if speed is None and listed is not None:
         speed = _estimated(subject, here, listed, length)
-    candidates = tuple(_candidate_of(subject, gpu, length) for gpu in GPUS)
+    candidates = tuple(_candidate_of(elsewhere, gpu, length) for gpu in GPUS)
     none_fits = not any(candidate.placement.fits for candidate in candidates)
     return Plan(
         config=config,
@@ -98,10 +112,10 @@ def make_plan(config: Config, machine: Machine, data: DataCounts | None, *, worl
         here=here,
         change=_change_for(subject, here),
         candidates=candidates,
-        candidate_change=_change_for(subject, candidates[-1].placement) if none_fits else None,
+        candidate_change=_change_for(elsewhere, candidates[-1].placement) if none_fits else None,
         length=length,
         speed=speed,
-        cost=_cost(length, speed, listed.watts * world if listed else None),
+        cost=_cost(length, speed, listed.watts * crowd.world if listed else None),
     )
 
 

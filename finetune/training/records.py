@@ -23,6 +23,7 @@ from finetune.sealed import bytes_below, read_json, replaced, require_space, sha
 from finetune.training.build import Built
 from finetune.training.checkpoints import Progress, checkpoint_bytes
 from finetune.training.distributed import require_shared
+from finetune.training.forecast import forecast
 from finetune.training.resume import adjusted, reconcile, session_record, steps_on_disk, stretched
 
 if TYPE_CHECKING:
@@ -159,5 +160,6 @@ def _write_settings(run: RunDirectory, config: Config, parts: Parts) -> None:
         save_rows(temporary, inputs.data.train, inputs.data.validation)
     groups = [group.summary() for group in parts.groups]
     plan = {"steps": asdict(inputs.steps), "resolved": inputs.resolved.as_dict(), "groups": groups, "data": inputs.data.report.as_dict()}
-    write_json(run.plan, plan)
+    planned = forecast(config, inputs.data.report, inputs.resolved)
+    write_json(run.plan, plan | {"plan": planned.plan.as_dict() if planned.plan else {"unknown": planned.reason}})
     write_text(run.config, dump_config(config.model_copy(update={"output": str(run.path.absolute())})))
