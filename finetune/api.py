@@ -111,19 +111,29 @@ def launch(arguments: Sequence[str], devices: int | None) -> int | None:
     return start_workers(arguments, devices)
 
 
-def evaluate(
-    run: Path, models: Sequence[Path] = (), overrides: Sequence[str] = (), progress: Callable[[str, str, int], None] = lambda *_: None
-) -> Results:
-    """Measure a finished run against its base, and further model directories on the same questions."""
-    from finetune.runs import open_run
+class EvaluationSettings(TypedDict, total=False):
+    """Further arguments of `evaluate`."""
 
-    found = open_run(run)
-    _require_evaluation(overrides)
-    config = load_config(found.config, overrides).config
+    settings: Path | None
+    """A YAML file with the `evaluation` section to use instead of the run's."""
+    base: str | None
+    """The model under adapter directories that do not know theirs."""
+    name: str | None
+    """Of the results, which are kept in `eval/NAME.json` of the first run, or of the working directory."""
+    progress: Callable[[str, str, int], None]
+
+
+def evaluate(
+    target: Path | str, others: Sequence[Path | str] = (), overrides: Sequence[str] = (), **further: Unpack[EvaluationSettings]
+) -> Results:
+    """Measure runs, adapters and models side by side with what they were trained from."""
+    from finetune.evaluation.request import evaluation_request
+
+    request = evaluation_request([target, *others], overrides, further.get("settings"), base=further.get("base"), name=further.get("name"))
     _prepare_process()
     from finetune.evaluation.evaluate import evaluate as measure
 
-    return measure(found, config, models, progress)
+    return measure(request, further.get("progress", lambda *_: None))
 
 
 class MergeSettings(TypedDict, total=False):
@@ -337,20 +347,6 @@ def report_png(*runs: Path, directory: Path) -> list[Path]:
     from finetune.runs import open_run
 
     return write_png([open_run(run) for run in runs], directory)
-
-
-def _require_evaluation(overrides: Sequence[str]) -> None:
-    """ConfigError for an override of what was trained: a run is measured as it is."""
-    from finetune.errors import ConfigError
-
-    for override in overrides:
-        key = override.partition("=")[0]
-        if not key.startswith("evaluation.") and key != "train.tokens_per_device":
-            raise ConfigError(
-                f"{key} cannot be changed for an evaluation: the run is measured as it was trained",
-                where=f"-o {key}=...",
-                fix="override keys of `evaluation`, or train.tokens_per_device (memory)",
-            )
 
 
 def _prepare_process() -> None:

@@ -23,11 +23,12 @@ from finetune.cli import (
     config_commands,
     data_commands,
     doctor_command,
+    eval_command,
     merge_command,
     plan_command,
     report_command,
 )
-from finetune.cli.options import ConfigPath, Json, Overrides, RunPath
+from finetune.cli.options import ConfigPath, Json, Overrides
 from finetune.cli.workers import is_first, is_mine_to_tell
 from finetune.errors import FinetuneError
 
@@ -107,31 +108,7 @@ def train(
         _print_path("run", run.path, as_json=as_json)
 
 
-@app.command("eval")
-def evaluate(
-    run: RunPath,
-    models: Annotated[
-        list[Path] | None, typer.Argument(metavar="[MODEL]...", help="Further model directories, such as a merged one.")
-    ] = None,
-    override: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Measure a finished RUN: the base and the tuned model side by side, on the tasks of its configuration.
-
-    Keeps the figures in RUN/eval/results.json and refreshes RUN/report.html.
-    """
-    from finetune.cli import view
-
-    with view.counting("measuring") as advance:
-        results = api.evaluate(run, models or (), override or (), lambda task, system, count: advance(f"{task}, {system}", count))
-    page = api.report(run)
-    if as_json:
-        _print_json(results.as_dict())
-        return
-    view.show_results(results)
-    view.path(f"\nmeasured in {results.seconds:.0f} s; figures in {run / 'eval' / 'results.json'}, page in {page}")
-
-
+app.command("eval")(eval_command.evaluate)
 app.command("merge")(merge_command.merge)
 app.command("combine")(combine_command.combine)
 app.command("doctor")(doctor_command.doctor)

@@ -20,6 +20,9 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 """`format` -> the columns that a row of it may have."""
 
+TAUGHT_BY: Mapping[str, tuple[str, ...]] = {"code": ("title-code", "code-title"), "group": ("hierarchy",), "two-hops": ("excludes",)}
+"""What `asks` of a knowledge task -> the `relations` of a source that teach it."""
+
 
 def sources(config: Config) -> list[tuple[KeyPath, Source]]:
     """Every source with its path, training first."""
@@ -32,10 +35,11 @@ def columns(config: Config) -> Iterator[Finding]:
     """Names for columns that the format does not have, or two names for one column of the file."""
     for path, source in sources(config):
         if isinstance(source, FileSource | HubSource):
-            yield from _columns(source, (*path, "columns"))
+            yield from source_columns(source, (*path, "columns"))
 
 
-def _columns(source: FileSource | HubSource, path: KeyPath) -> Iterator[Finding]:
+def source_columns(source: FileSource | HubSource, path: KeyPath) -> Iterator[Finding]:
+    """The same of one source whose `columns` stand at ``path``."""
     known = (
         tuple(dict.fromkeys(name for names in COLUMNS.values() for name in names)) if source.format == "auto" else COLUMNS[source.format]
     )
@@ -94,9 +98,10 @@ def validation(config: Config) -> Iterator[Finding]:
     if config.train.evaluate.every_steps is not None:
         needed.append((("train", "evaluate", "every_steps"), "`train.evaluate` measures validation loss"))
     if config.evaluation.tasks != Evaluation().tasks:  # the default lists the loss, and leaves it out where there is no data
-        tasks = enumerate(config.evaluation.tasks)
         needed.extend(
-            (("evaluation", "tasks", index, "task"), "the task `loss` needs it") for index, task in tasks if isinstance(task, LossTask)
+            (("evaluation", "tasks", index, "task"), "the task `loss` needs it")
+            for index, task in enumerate(config.evaluation.tasks)
+            if isinstance(task, LossTask) and task.data is None
         )
     for path, why in needed:
         yield Finding(
@@ -105,18 +110,13 @@ def validation(config: Config) -> Iterator[Finding]:
 
 
 def tasks(config: Config) -> Iterator[Finding]:
-    """Tasks that are listed twice, or that ask about what is not trained."""
-    seen: set[str] = set()
+    """Tasks that ask about what is not trained."""
     builtin = any(isinstance(source, Icd10cm) for source in config.data.train)
     for index, task in enumerate(config.evaluation.tasks):
-        path: KeyPath = ("evaluation", "tasks", index, "task")
-        if task.task in seen:
-            yield Finding(f"the task `{task.task}` is listed twice", "keep one of the two", path)
-        seen.add(task.task)
         if isinstance(task, KnowledgeTask) and not builtin:
             yield Finding(
                 "the task `knowledge` asks about ICD-10-CM facts, and `data.train` has no `builtin:icd10cm` source",
                 "add `{source: builtin:icd10cm}` to `data.train`, or remove the task",
-                path,
+                ("evaluation", "tasks", index, "task"),
                 ("data", "train"),
             )

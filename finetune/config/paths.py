@@ -10,7 +10,7 @@ from finetune.config.tree import KeyPath, Node, replace_at
 
 
 def absolute_paths(tree: Node) -> Node:
-    """The tree with absolute data sources and model directory; the place of each value stays."""
+    """The tree with absolute data sources, task files and model directory; the place of each value stays."""
     for path in _path_values(tree):
         node = tree.find(path)
         if node and isinstance(node.content, str) and is_path(path, node.content):
@@ -24,6 +24,8 @@ def is_path(path: KeyPath, value: str) -> bool:
     """Whether the value at ``path`` names a place on disk. A model is a directory only if it says so with ./, ../, ~/ or /."""
     if path == ("model", "id"):
         return value.startswith(("./", "../", "/", "~/")) or value in (".", "..")
+    if path[:2] == ("evaluation", "tasks") and path[-2] == "tasks":
+        return value.endswith((".yaml", ".yml"))
     return bool(value) and not value.startswith(("builtin:", "hub:")) and "://" not in value and "$" not in value
 
 
@@ -34,3 +36,14 @@ def _path_values(tree: Node) -> Iterator[KeyPath]:
         if node and isinstance(node.content, list):
             for index in range(len(node.content)):
                 yield ("data", part, index, "source")
+    yield from _measured(tree)
+
+
+def _measured(tree: Node) -> Iterator[KeyPath]:
+    """Rows of tasks, and task files of the harness."""
+    tasks = tree.find(("evaluation", "tasks"))
+    for index, task in enumerate(tasks.content if tasks and isinstance(tasks.content, list) else ()):
+        yield ("evaluation", "tasks", index, "data", "source")
+        names = task.child("tasks")
+        for number in range(len(names.content) if names and isinstance(names.content, list) else 0):
+            yield ("evaluation", "tasks", index, "tasks", number)

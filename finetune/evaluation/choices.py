@@ -58,26 +58,43 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tokens:
-    """An item as ids: the prompt, and each candidate's continuation up to its end-of-turn token."""
+class Continuations:
+    """An item as ids."""
 
     prompt: tuple[int, ...]
     candidates: tuple[tuple[int, ...], ...]
+    """What may follow the prompt."""
 
     @property
     def size(self) -> int:
+        """Tokens that are computed."""
         return len(self.prompt) + sum(map(len, self.candidates))
 
 
 def judge(scorer: Scorer, renderer: Renderer, items: Sequence[Item], advance: Callable[[int], None] = lambda _: None) -> list[Judged]:
-    """Score every choice of every item as an assistant turn after its prompt."""
+    """Score every choice of every item as an assistant turn after its prompt, its end-of-turn token included."""
     examples = [[_example(renderer, item, choice) for choice in item.choices] for item in items]
-    # virtual tokens have no place in a cache that several candidates share
-    if has_plain_head(causal_model(scorer.model)) and not virtual_tokens(scorer.model):
+    if _shares(scorer):
         scores = _shared(scorer, [_tokens(candidates) for candidates in examples], advance)
     else:
         scores = _separate(scorer, examples, advance)
     return [Judged(item.answer, dict(zip(item.choices, found, strict=True))) for item, found in zip(items, scores, strict=True)]
+
+
+def score(scorer: Scorer, items: Sequence[Continuations], advance: Callable[[int], None] = lambda _: None) -> list[Scores]:
+    """Nats and number of the tokens of each candidate of each item."""
+    if _shares(scorer):
+        return _shared(scorer, items, advance)
+    return _separate(scorer, [[_alone(item.prompt, candidate) for candidate in item.candidates] for item in items], advance)
+
+
+def _shares(scorer: Scorer) -> bool:
+    """Whether candidates can follow one copy of their prompt: virtual tokens have no place in a cache that several share."""
+    return has_plain_head(causal_model(scorer.model)) and not virtual_tokens(scorer.model)
+
+
+def _alone(prompt: tuple[int, ...], candidate: tuple[int, ...]) -> Example:
+    return Example((*prompt, *candidate), (*(False for _ in prompt), *(True for _ in candidate)), "choice")
 
 
 def _example(renderer: Renderer, item: Item, choice: str) -> Example:
@@ -94,14 +111,14 @@ def _separate(scorer: Scorer, examples: Sequence[Sequence[Example]], advance: Ca
     return scores
 
 
-def _tokens(candidates: Sequence[Example]) -> _Tokens:
+def _tokens(candidates: Sequence[Example]) -> Continuations:
     start = candidates[0].mask.index(True)
     ends = [len(example.mask) - example.mask[::-1].index(True) for example in candidates]
-    return _Tokens(candidates[0].ids[:start], tuple(example.ids[start:end] for example, end in zip(candidates, ends, strict=True)))
+    return Continuations(candidates[0].ids[:start], tuple(example.ids[start:end] for example, end in zip(candidates, ends, strict=True)))
 
 
 @torch.no_grad()
-def _shared(scorer: Scorer, items: Sequence[_Tokens], advance: Callable[[int], None]) -> list[Scores]:
+def _shared(scorer: Scorer, items: Sequence[Continuations], advance: Callable[[int], None]) -> list[Scores]:
     """Each prompt once, its candidates after it."""
     scorer.model.eval()
     scores: list[Scores] = [[] for _ in items]
@@ -115,7 +132,7 @@ def _shared(scorer: Scorer, items: Sequence[_Tokens], advance: Callable[[int], N
     return scores
 
 
-def _pieces(items: Sequence[_Tokens], max_tokens: int) -> Iterator[list[int]]:
+def _pieces(items: Sequence[Continuations], max_tokens: int) -> Iterator[list[int]]:
     """Items of one number of candidates and of similar length, about ``max_tokens`` together."""
     order = sorted(range(len(items)), key=lambda index: (len(items[index].candidates), items[index].size))
     piece: list[int] = []
@@ -129,7 +146,7 @@ def _pieces(items: Sequence[_Tokens], max_tokens: int) -> Iterator[list[int]]:
         yield piece
 
 
-def _continuation_losses(model: Any, items: Sequence[_Tokens], device: torch.device) -> list[Scores]:
+def _continuation_losses(model: Any, items: Sequence[Continuations], device: torch.device) -> list[Scores]:
     count = len(items[0].candidates)
     prompts, seen = _padded([item.prompt for item in items], device, left=True)
     positions = (seen.cumsum(-1) - 1).clamp(min=0)

@@ -1,100 +1,292 @@
-"""`finetune eval`: every task of a run for the base and the tuned model, side by side."""
+"""`finetune eval`: every task for every target and for what it was trained from, side by side.
+
+Targets are loaded one after the other, so that memory is that of the largest; of rows, only what a figure needs of each is kept.
+"""
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import assert_never
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, assert_never
 
-from finetune.config.schema import Config, ForgettingTask, Icd10cm, KnowledgeTask, LossTask, Task
-from finetune.data.render import Example
-from finetune.errors import ConfigError
-from finetune.evaluation import forgetting, knowledge
+import torch
+
+from finetune.config.schema import (
+    ChoicesTask,
+    Evaluation,
+    ForgettingTask,
+    GenerateTask,
+    HarnessTask,
+    Icd10cm,
+    KnowledgeTask,
+    LossTask,
+    Task,
+)
+from finetune.data.render import Example, Renderer
+from finetune.data.stored import load_rows
+from finetune.errors import ConfigError, VerificationError
+from finetune.evaluation import choices_task, forgetting, generate_task, harness, knowledge, loss_task
 from finetune.evaluation.comparison import Measurement, side_by_side
-from finetune.evaluation.results import LOFTQ_BASE, RESULTS, Figure, Results, Sample
-from finetune.evaluation.statistics import ratio
-from finetune.evaluation.systems import System, base_and_tuned, directory_system
-from finetune.finished import FinishedRun, load_run
-from finetune.runs import RunDirectory
-from finetune.sealed import write_json
+from finetune.evaluation.conclusions import headlines
+from finetune.evaluation.measured_rows import identity
+from finetune.evaluation.request import Request
+from finetune.evaluation.results import Figure, Results, Sample
+from finetune.evaluation.systems import Opened, System, open_target
+from finetune.evaluation.targets import Target, column_names, require_apart
+from finetune.hardware import environment
+from finetune.model.load import load_tokenizer
+from finetune.runs import open_run
+from finetune.sealed import read_json, sha256_of, write_json
 
 Progress = Callable[[str, str, int], None]
 """(task, system, items done since the last call)"""
 
+BASE = "base"
+"""Column of the model before training."""
+
 
 @dataclass(frozen=True, slots=True)
-class _Measuring:
-    """What every task needs."""
+class _Materials:
+    """What tasks take from the runs among the targets."""
 
-    config: Config
-    finished: FinishedRun
-    validation: tuple[Example, ...]
+    validation: Sequence[Example] = ()
+    tokenizer: str = ""
+    """Hash of the tokenizer that the validation rows are tokens of."""
+    facts: tuple[Icd10cm, ...] = ()
+    record: dict[str, Any] = field(default_factory=dict)
 
 
-def evaluate(run: RunDirectory, config: Config, models: Sequence[Path] = (), progress: Progress = lambda *_: None) -> Results:
-    """Measure the tasks of ``config`` for the run's base and tuned model, and for further model directories; kept in eval/results.json."""
+@dataclass(slots=True)
+class _Gathered:
+    """What was found so far."""
+
+    measured: dict[str, dict[str, Measurement]]
+    """Task name -> column -> measurement."""
+    records: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    bases: dict[str, str] = field(default_factory=dict)
+    """Identity of a base -> its column."""
+    tokenizers: set[str] = field(default_factory=set)
+
+
+def evaluate(request: Request, progress: Progress = lambda *_: None) -> Results:
+    """Measure every task for every target and its base; kept in ``request.destination`` with all that is needed to repeat it."""
     began = time.perf_counter()
-    finished = load_run(run, config)
-    systems = [*base_and_tuned(finished), *(directory_system(finished, path) for path in models)]
-    _named_apart(systems)
-    measuring = _Measuring(config, finished, finished.rows if finished.has_validation else ())
-    figures: list[Figure] = []
-    samples: list[Sample] = []
-    everything: dict[str, dict[str, Measurement]] = {}
-    for task in config.evaluation.tasks:
-        if isinstance(task, LossTask) and not measuring.validation:
-            continue
-        measured = {system.name: _measure(task, system, measuring, progress) for system in systems}
-        everything[task.task] = measured
-        found = side_by_side(task.task, measured)
-        figures += found[0]
-        samples += found[1]
-    names = tuple(system.name for system in systems)
-    notes = (LOFTQ_BASE,) if finished.loftq else ()
-    headlines = knowledge.headlines(everything)
-    results = Results(str(run.path), names, tuple(figures), tuple(samples), time.perf_counter() - began, notes, headlines)
-    run.evaluations.mkdir(exist_ok=True)
-    write_json(run.evaluations / RESULTS, results.as_dict())
+    columns = column_names(request.targets)
+    trained = [BASE] if any(target.kind != "model" for target in request.targets) else []
+    require_apart([*trained, *columns.values()])
+    tasks, materials, notes = _prepared(request)
+    gathered = _Gathered({name: {} for name in tasks}, notes=notes)
+    for target in request.targets:
+        opened = open_target(target, request.configs.get(target.word), request.settings, request.base)
+        _measure_target(target, columns[target.word], opened, _Work(tasks, materials, request.settings, progress), gathered)
+        del opened
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    results = _results(request, tasks, gathered, time.perf_counter() - began)
+    request.destination.parent.mkdir(parents=True, exist_ok=True)
+    write_json(request.destination, results.as_dict())
     return results
 
 
-def _named_apart(systems: Sequence[System]) -> None:
-    """ConfigError where two models would share a column."""
-    names = [system.name for system in systems]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(
-                f"two models are called {name!r}", where="MODEL", fix="rename a directory, or evaluate them one after the other"
-            )
+# --- before anything is loaded -------------------------------------------------------------------------------------------------------
 
 
-def _measure(task: Task, system: System, measuring: _Measuring, progress: Progress) -> Measurement:
-    def advance(count: int) -> None:
-        progress(task.task, system.name, count)
-
-    renderer = measuring.finished.renderer
-    with system.using():
-        match task:
-            case LossTask():
-                rows = range(len(measuring.validation))
-                totals = dict(system.scorer.losses(measuring.validation, advance))
-                parts = ([float(totals[row].sum()) for row in rows], [len(totals[row]) for row in rows])
-                return Measurement(
-                    (
-                        ratio("validation: loss", "nats/token", "lower", parts, rows),
-                        ratio("validation: perplexity", "", "lower", parts, rows, "exp"),
-                    )
+def _prepared(request: Request) -> tuple[dict[str, Task], _Materials, list[str]]:
+    """The tasks that can be measured, what they need of runs, and notes on those left out; ConfigError where one asked for cannot be."""
+    materials = _materials(request)
+    tasks, notes = {}, []
+    for name, task in request.tasks.items():
+        if isinstance(task, LossTask) and task.data is None and not materials.validation:
+            if request.settings.tasks != Evaluation().tasks:
+                raise ConfigError(
+                    "the task `loss` has no rows: no run with validation rows is among the targets",
+                    where="evaluation.tasks",
+                    fix="name its rows with `data: {source: FILE}`, or name the run too",
                 )
-            case KnowledgeTask():
-                asked = [question for source in _facts(measuring.config) for question in knowledge.ask(source, task.questions_per_fact)]
-                samples = measuring.config.evaluation.samples
-                return knowledge.measure(system.scorer, renderer, asked, generate=task.generate, samples=samples, advance=advance)
-            case ForgettingTask():
-                return forgetting.measure(system.scorer, renderer, advance)
-        assert_never(task)
+            notes.append("validation loss is not measured: no run with validation rows is among the targets")
+            continue
+        if isinstance(task, KnowledgeTask) and not materials.facts:
+            raise ConfigError(
+                "the task `knowledge` asks about the facts of a run, and no run that was trained on `builtin:icd10cm` is among the targets",
+                where="evaluation.tasks",
+                fix="name the run too, or leave the task out",
+            )
+        if isinstance(task, GenerateTask):
+            generate_task.metrics_of(task)  # a missing library is told before the first model is loaded
+        if isinstance(task, HarnessTask):
+            harness.require_tasks(task)
+        tasks[name] = task
+    return tasks, materials, notes
 
 
-def _facts(config: Config) -> list[Icd10cm]:
-    return [source for source in config.data.train if isinstance(source, Icd10cm)]
+def _materials(request: Request) -> _Materials:
+    """Validation rows of the first run that has some, facts of the first that was trained on some."""
+    facts: tuple[Icd10cm, ...] = ()
+    found = _Materials()
+    for target in request.targets:
+        if target.kind != "run":
+            continue
+        sources = request.configs[target.word].data.train
+        facts = facts or tuple(source for source in sources if isinstance(source, Icd10cm))
+        if not found.validation:
+            found = _validation(target)
+    return _Materials(found.validation, found.tokenizer, facts, found.record)
+
+
+def _validation(target: Target) -> _Materials:
+    run = open_run(target.path)
+    directory = run.require_finished()
+    digest = sha256_of(run.rows) if run.rows.is_file() else ""
+    if digest != read_json(run.environment)["rows_sha256"]:
+        raise VerificationError("the run's validation rows are not those it was validated on", where=str(run.rows), fix="restore the file")
+    rows, is_validation = load_rows(run.rows)
+    if not is_validation:
+        return _Materials()
+    record = {"run": str(target.path.resolve()), "rows": len(rows), "sha256": digest}
+    return _Materials(rows, Renderer(load_tokenizer(directory)).tokenizer_hash, (), record)
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is done with each model."""
+
+    tasks: Mapping[str, Task]
+    materials: _Materials
+    settings: Evaluation
+    progress: Progress
+
+
+def _measure_target(target: Target, column: str, opened: Opened, work: _Work, gathered: _Gathered) -> None:
+    """The target, and its base where no target before has the same one."""
+    gathered.notes += [note for note in opened.notes if note not in gathered.notes]
+    gathered.records[column] = opened.record
+    gathered.tokenizers.add(opened.tuned.renderer.tokenizer_hash)
+    if opened.base is not None and opened.base_identity not in gathered.bases:
+        base_column = f"{BASE} of {target.name}" if gathered.bases else BASE
+        gathered.bases[opened.base_identity] = base_column
+        gathered.records[base_column] = {"kind": "base", "of": column}
+        _measure_system(base_column, opened.base(), work, gathered)
+    _measure_system(column, opened.tuned, work, gathered)
+
+
+def _measure_system(column: str, system: System, work: _Work, gathered: _Gathered) -> None:
+    with system.using():
+        for name, task in work.tasks.items():
+            gathered.measured[name][column] = _measure(name, task, system, work, column)
+
+
+def _measure(name: str, task: Task, system: System, work: _Work, column: str) -> Measurement:
+    def advance(count: int) -> None:
+        work.progress(name, column, count)
+
+    scorer, renderer = system.scorer, system.renderer
+    match task:
+        case LossTask():
+            return _loss(name, task, system, work, (column, advance))
+        case GenerateTask():
+            return generate_task.measure(scorer, renderer, name, task, samples=work.settings.samples, advance=advance)
+        case ChoicesTask():
+            return choices_task.measure(scorer, renderer, name, task, advance)
+        case KnowledgeTask():
+            asked = knowledge.sections(work.materials.facts, task)
+            return knowledge.measure(scorer, renderer, asked, generate=task.generate, samples=work.settings.samples, advance=advance)
+        case ForgettingTask():
+            return forgetting.measure(scorer, renderer, advance)
+        case HarnessTask():
+            return harness.measure(scorer, renderer, name, task, advance)
+    assert_never(task)
+
+
+def _loss(name: str, task: LossTask, system: System, work: _Work, watched: tuple[str, Callable[[int], None]]) -> Measurement:
+    column, advance = watched
+    if task.data is not None:
+        return loss_task.measure_rows(system.scorer, system.renderer, name, task, advance)
+    _require_tokenizer(system.renderer, work.materials, column)
+    return loss_task.measure_validation(system.scorer, name, work.materials.validation, advance)
+
+
+def _require_tokenizer(renderer: Renderer, materials: _Materials, column: str) -> None:
+    if renderer.tokenizer_hash != materials.tokenizer:
+        raise ConfigError(
+            f"{column} has another tokenizer than the run whose validation rows are measured",
+            where="evaluation.tasks: loss",
+            fix="name the rows as a file, `{task: loss, data: {source: FILE}}`, so that each model reads them with its own",
+        )
+
+
+# --- afterwards ----------------------------------------------------------------------------------------------------------------------
+
+
+def _results(request: Request, tasks: Mapping[str, Task], gathered: _Gathered, seconds: float) -> Results:
+    names = [*gathered.bases.values(), *column_names(request.targets).values()]
+    if len(gathered.tokenizers) > 1:
+        gathered.notes.append("the models have different tokenizers: nats a token of one cannot be compared with those of another")
+    figures: list[Figure] = []
+    samples: list[Sample] = []
+    everything: dict[str, dict[str, Measurement]] = {}
+    for name, task in tasks.items():
+        measured = _alike(name, {column: gathered.measured[name][column] for column in names}, gathered.notes)
+        everything[task.task] = measured
+        found = _joined(name, task, measured)
+        figures += found[0]
+        samples += found[1]
+    return Results(
+        str(request.targets[0].path if request.targets[0].kind == "run" else request.targets[0].word),
+        tuple(names),
+        tuple(figures),
+        tuple(samples),
+        seconds,
+        tuple(gathered.notes),
+        headlines(everything),
+        record=_record(request, tasks, gathered.records),
+    )
+
+
+def _alike(name: str, measured: dict[str, Measurement], notes: list[str]) -> dict[str, Measurement]:
+    """Only what was measured of every model, such as of those that have a chat template; what is left out is noted."""
+    wanted = [[one.name for one in found.quantities] for found in measured.values()]
+    shared = [one for one in wanted[0] if all(one in names for names in wanted)]
+    left = sorted({one for names in wanted for one in names} - set(shared))
+    if left:
+        notes.append(f"{name}: not measured of every model, and left out: {', '.join(left)}")
+    return {
+        column: Measurement(tuple(one for quantity in shared if (one := found.named(quantity)) is not None), found.answers)
+        for column, found in measured.items()
+    }
+
+
+def _joined(name: str, task: Task, measured: dict[str, Measurement]) -> tuple[list[Figure], list[Sample]]:
+    try:
+        return side_by_side(task.task, measured)
+    except ValueError as error:
+        raise ConfigError(
+            f"{name}: the models were not measured on the same items ({error})",
+            where="evaluation.tasks",
+            fix="their tokenizers cut the rows differently: measure the models one after the other",
+        ) from error
+
+
+def _record(request: Request, tasks: Mapping[str, Task], systems: dict[str, Any]) -> dict[str, Any]:
+    """All that is needed to measure the same again."""
+    data = {
+        name: identity(task.data) for name, task in tasks.items() if isinstance(task, (LossTask, GenerateTask, ChoicesTask)) and task.data
+    }
+    return {
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "targets": [target.word for target in request.targets],
+        "kept": str(request.destination),
+        "base": request.base,
+        "systems": systems,
+        "evaluation": request.settings.model_dump(mode="json"),
+        "data": data,
+        "validation": _materials(request).record,
+        **environment(),
+    }

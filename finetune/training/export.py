@@ -17,7 +17,7 @@ from finetune.model.correction import MOVED
 from finetune.model.pissa import save_plain
 from finetune.model.quantize import bnb_config
 from finetune.runs import FIGURES, RunDirectory
-from finetune.sealed import sealed_directory, verify, write_json, write_text
+from finetune.sealed import read_json, sealed_directory, verify, write_json, write_text
 from finetune.training.checkpoints import Progress, load_weights
 
 
@@ -41,9 +41,21 @@ def export(run: RunDirectory, config: Config, tokenizer: Any, model: Any, progre
         loss = progress.best_loss if step == progress.best_step else progress.last_loss
         figures = {"step": step, "validation_loss": loss, "best_step": progress.best_step, "best_loss": progress.best_loss}
         how = {"run_steps": progress.step, "stopped_early": progress.stopped_early, "sessions": len(run.sessions())}
-        write_json(directory / FIGURES, figures | how)
+        write_json(directory / FIGURES, figures | how | {"base": _base(run, config, model.config.dtype)})
         write_text(directory / "README.md", _card(run, config, step, loss, model.config.dtype))
     return destination
+
+
+def _base(run: RunDirectory, config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """What the result was trained on, for those who have its directory alone."""
+    return {
+        "id": config.model.id,
+        "revision": config.model.revision,
+        "fingerprint": read_json(run.environment)["identity"]["fingerprints"]["base"],
+        "quantization": config.quantization.model_dump(mode="json"),
+        "dtype": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "new_tokens": list(config.model.new_tokens),
+    }
 
 
 def _card(run: RunDirectory, config: Config, step: int, loss: float | None, dtype: torch.dtype) -> str:

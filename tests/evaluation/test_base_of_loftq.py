@@ -32,7 +32,7 @@ def test_the_base_of_a_loftq_run_is_named_in_its_results(
     assert api.stored_results(run) == results
     show_results(results)
     assert LOFTQ_BASE in " ".join(capsys.readouterr().out.split())
-    assert "base: the model before its first step" in write_report(open_run(run)).read_text()
+    assert "base: the model before its first step" in write_report([open_run(run)]).read_text()
 
 
 def test_other_runs_have_no_note(write_config: Callable[..., Path], train_here: Callable[..., Path]) -> None:
