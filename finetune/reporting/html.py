@@ -30,6 +30,7 @@ from finetune.reporting.tables import (
     differing,
     facts,
     figure_rows,
+    headlines,
     merge_rows,
     samples_by_prompt,
     settings,
@@ -49,6 +50,9 @@ class Evaluation:
     rows: tuple[FigureRow, ...]
     notes: tuple[str, ...]
     samples: tuple[Row, ...]
+    headlines: list[tuple[str, str]]
+    record: str
+    """What is needed to measure it again, as JSON; empty where it was not kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +149,8 @@ def _page(record: Record, anchor: str) -> RunPage:
 
 def _evaluation(name: str, found: Row) -> Evaluation:
     rows, notes = tuple(figure_rows(found)), tuple(found.get("notes", ()))
-    return Evaluation(name, tuple(found["systems"]), rows, notes, tuple(found["samples"]))
+    record = json.dumps(found["record"], indent=2, ensure_ascii=False) if found.get("record") else ""
+    return Evaluation(name, tuple(found["systems"]), rows, notes, tuple(found["samples"]), headlines(found), record)
 
 
 def _environment(environment: Row) -> list[tuple[str, str]]:

@@ -200,13 +200,25 @@ def _figure_row(figure: Row, places: Sequence[tuple[Row | None, str]]) -> Figure
     return FigureRow(group or figure.get("task", ""), name, figure["unit"], " / ".join(counts), cells)
 
 
+def headlines(results: Row) -> list[tuple[str, str]]:
+    """Conclusions that rest on several figures: what each is called and what it came to."""
+    return [
+        (f"{one['name']}, {one['system']}", f"{one['measure']}: {_worded(one['change'])} {one['unit']}; {one['change']['verdict']}")
+        for one in results.get("headlines", ())
+    ]
+
+
 def _cell(figure: Row, system: str) -> Cell:
     interval, change = figure.get("intervals", {}).get(system), figure.get("changes", {}).get(system)
     cell = Cell(_fixed(figure["values"].get(system)), f"{_fixed(interval[0])} to {_fixed(interval[1])}" if interval else "")
     if not change:
         return cell
+    return Cell(cell.value, cell.interval, _worded(change), str(change["verdict"]))
+
+
+def _worded(change: Row) -> str:
     sure = f" ({change['low']:+.3f} to {change['high']:+.3f})" if change.get("low") is not None else ""
-    return Cell(cell.value, cell.interval, f"{change['difference']:+.3f}{sure}", str(change["verdict"]))
+    return f"{change['difference']:+.3f}{sure}"
 
 
 def _fixed(value: float | None) -> str:
