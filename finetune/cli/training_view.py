@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,8 @@ class TrainingView:
         if event.plan is None:
             view.note(f"No plan of memory and time: {event.reason}")
             return
+        if event.plan.speed is not None:
+            self._look = replace(self._look, planned_speed=event.plan.speed.tokens_per_second)
         first, *rest = short(event.plan)
         view.err.print(Text(view.hanging(first, 2)), soft_wrap=True)
         for line in rest:
