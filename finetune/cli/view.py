@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
+from finetune.cli.results_table import CAPTION, results_table
 from finetune.errors import DataError, FinetuneError, Problem, RunInterruptedError
 
 out = Console(highlight=False, soft_wrap=True)
@@ -148,38 +148,11 @@ def counting(title: str) -> Iterator[Any]:
         yield advance
 
 
-def results_table(results: Any) -> Table:
-    """Figures of every system side by side, with the change from the first to the second."""
-    table = Table(box=None, pad_edge=False, show_edge=False)
-    table.add_column("measured")
-    for heading in ("n", *results.systems, "change"):
-        table.add_column(heading, justify="right")
-    group = ""
-    for figure in results.figures:
-        heading, _, name = figure.name.partition(": ")
-        if heading != group:
-            table.add_row(Text(heading, style="bold"))
-            group = heading
-        table.add_row(
-            f"  {name}" + (f" ({figure.unit})" if figure.unit else ""),
-            str(figure.n),
-            *(f"{figure.values[system]:.3f}" for system in results.systems),
-            _change(figure, results.systems),
-        )
-    return table
-
-
-def _change(figure: Any, systems: tuple[str, ...]) -> Text:
-    if len(systems) < 2:
-        return Text("")
-    change = figure.values[systems[1]] - figure.values[systems[0]]
-    good = {"lower": change < 0, "higher": change > 0, "same": None}[figure.better]
-    return Text(f"{change:+.3f}", style="" if good is None or not change else "green" if good else "red")
-
-
 def show_results(results: Any) -> None:
     """The table, what it means, then the questions."""
     out.print(results_table(results))
+    if any(figure.intervals for figure in results.figures):
+        out.print(Text(CAPTION, style="dim"), soft_wrap=not out.is_terminal)
     for note in results.notes:
         out.print(Text(note, style="dim"))
     if sentence := results.headline:

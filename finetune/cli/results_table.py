@@ -1,0 +1,84 @@
+"""The figures of an evaluation as a table: value and interval of every system, change and verdict, within 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+CAPTION = "± is half of the 95 % interval; a change is called better or worse only where its interval excludes zero and p < 0.05"
+_GOOD = {"better": "green", "worse": "red"}
+_NOTHING = "no difference"
+
+
+def results_table(results: Any) -> Table:
+    """Figures of every system side by side. With two systems the change has columns of its own, with more it stands below each value."""
+    table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("measured", overflow="fold")
+    for heading in results.systems:
+        table.add_column(heading, justify="right", no_wrap=True)
+    pair = len(results.systems) == 2
+    if pair:
+        table.add_column("change", justify="right", no_wrap=True)
+        table.add_column("verdict", no_wrap=True)
+    for heading, members in groupby(results.figures, key=lambda figure: figure.name.partition(": ")[0]):
+        figures = list(members)
+        counts = dict.fromkeys(figure.n for figure in figures)
+        table.add_row(Text(heading, style="bold") + Text(f"  n={', '.join(map(str, counts))}", style="dim"))
+        for figure in figures:
+            table.add_row(_label(figure), *_cells(figure, results.systems, pair=pair))
+    _add_headlines(table, results)
+    return table
+
+
+def _label(figure: Any) -> Text:
+    return Text(f"  {figure.name.partition(': ')[2]}") + Text(f" ({figure.unit})" if figure.unit else "", style="dim")
+
+
+def _cells(figure: Any, systems: Sequence[str], *, pair: bool) -> list[Text]:
+    values = [Text(value(figure.values[system], figure.intervals.get(system))) for system in systems]
+    changes = [_change(figure, systems[0], system) for system in systems[1:]]
+    if pair:
+        return [*values, *changes[0]]
+    return [*values[:1], *(Text("\n").join([one, Text(" ").join(change)]) for one, change in zip(values[1:], changes, strict=True))]
+
+
+def _change(figure: Any, first: str, system: str) -> tuple[Text, Text]:
+    """The change and what it says; of results without statistics the bare difference."""
+    change = figure.changes.get(system)
+    if change is None:
+        return Text(f"{figure.values[system] - figure.values[first]:+.3f}"), Text("")
+    return _said(change)
+
+
+def _said(change: Any) -> tuple[Text, Text]:
+    word = change.verdict if change.verdict in {*_GOOD, "higher", "lower"} else _NOTHING
+    style = _GOOD.get(word, "dim" if word == _NOTHING else "")
+    interval = None if change.low is None else (change.low, change.high)
+    return Text(value(change.difference, interval, sign="+"), style=style), Text(word, style=style)
+
+
+def value(number: float, interval: tuple[float, float] | None, sign: str = "") -> str:
+    """A number with half of its interval, to the digits that the interval leaves sure; with the far end where it stands at the near one."""
+    if interval is None:
+        return f"{number:{sign}.3f}"
+    low, high = interval
+    places = 3 if high - low < 0.2 else 2 if high - low < 20 else 1
+    if number in interval and low < high:
+        mark, end = ("≤", high) if number == low else ("≥", low)
+        return f"{number:{sign}.{places}f} {mark}{end:.{places}f}"
+    return f"{number:{sign}.{places}f} ±{(high - low) / 2:.{places}f}"
+
+
+def _add_headlines(table: Table, results: Any) -> None:
+    """What follows from several figures at once, each a change against the first system."""
+    for system, members in groupby(results.headlines, key=lambda one: one.system):
+        table.add_row(Text(f"what {system} learned", style="bold"))
+        for one in members:
+            change, word = _said(one.change)
+            label = Text(f"  {one.name}, {one.measure}") + Text(f" ({one.unit})", style="dim")
+            blank = [Text("")] * (len(results.systems) - (0 if len(results.systems) == 2 else 1))
+            table.add_row(label, *blank, change, *([word] if len(results.systems) == 2 else []))
