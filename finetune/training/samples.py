@@ -46,6 +46,8 @@ class Sampler:
         found = []
         with undisturbed(scorer.model, scorer.device), scorer.autocast():
             for prompt in self.prompts:
+                if gives_up and not in_step:  # processes that go in step make the same calls, whoever was signalled
+                    break
                 ids = continuation(scorer.model, prompt.ids, self.ends, self.max_tokens, lambda: bool(gives_up), in_step=in_step)
                 text = self.renderer.tokenizer.decode(ids, skip_special_tokens=True)
                 found.append(Sample(prompt.text, text.strip()))
