@@ -80,12 +80,20 @@ class ChoicesTask(Section):
     """`chat`: the question as a user's turn, the choices as answers. `text`: the question, a space and the choice."""
 
 
+Asked = Literal["knowledge", "memory", "reversed", "code", "group", "two-hops"]
+
+
 class KnowledgeTask(Section):
     """Closed-book questions about the ICD-10-CM facts of `data.train`, in wordings never trained."""
 
     task: Literal["knowledge"]
     questions_per_fact: Annotated[int, Field(ge=1, le=3)] = 1
     """Wordings asked for each fact."""
+    asks: Annotated[tuple[Asked, ...], Field(min_length=1)] = ("knowledge",)
+    """`knowledge`: titles, in wordings never trained; `memory`: titles in trained words; `reversed`: the other name of a title; `code`,
+    `group` and `two-hops` (a condition that the title of a name excludes): what `relations` of the source teaches besides."""
+    controls: tuple[Literal["five-shot", "open-book"], ...] = ()
+    """Ask the questions of `knowledge` again after five worked examples (form alone), or with the document in the prompt."""
     generate: bool = True
     """Also let the model answer freely and compare (exact match)."""
 

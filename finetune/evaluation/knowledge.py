@@ -1,92 +1,202 @@
 """Closed-book questions about the facts of a run, by arm: what was learned beyond style.
 
-Trained facts are asked in wordings that no training row has. Facts that were never trained are the control: what they gain is style;
-substance is the gain of trained facts minus the gain of the control (2309.14316 gives the idea of held-out individuals).
+Trained facts are asked in wordings that no training row has. Facts that were never trained are the control: what they gain is style. The
+same facts can also be asked in trained words (memory), reversed, about further relations, after five worked examples (format alone) and
+with the document in the prompt (can it be answered at all?).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from finetune.config.schema import Icd10cm
-from finetune.data.formats import Message
-from finetune.data.icd10cm_questions import Question, questions
-from finetune.data.render import Renderer
-from finetune.evaluation.choices import Item, Judged, judge
+from finetune.config.data import Icd10cm
+from finetune.config.evaluation import KnowledgeTask
+from finetune.data.formats import Conversation, Message
+from finetune.data.icd10cm import facts
+from finetune.data.icd10cm_questions import Kind, Question, controlled, questions
+from finetune.data.render import Example, Renderer
+from finetune.evaluation.choices import Continuations, Judged, score
 from finetune.evaluation.comparison import Measurement
+from finetune.evaluation.conclusions import ASKED, CONTROL, READ, TRAINED
 from finetune.evaluation.generation import answer, is_exact
-from finetune.evaluation.results import Change, Headline
-from finetune.evaluation.statistics import Quantity, Sampled, mean, ratio, sampled_change, verdict
+from finetune.evaluation.likeliest import likeliest
+from finetune.evaluation.statistics import Quantity, mean, ratio
 from finetune.scoring import Scorer
 
-ARMS = {
-    "trained as documents and questions": ("questions",),
-    "trained as documents only": ("documents",),
-    "all trained facts": ("questions", "documents"),
-    "never trained (control)": ("control",),
+ARMS = {ASKED: ("questions",), READ: ("documents",), TRAINED: ("questions", "documents"), CONTROL: ("control",)}
+_OF_SECTIONS = (TRAINED, CONTROL)
+"""Arms of all but the main questions, where the table would grow too long."""
+LABELS: dict[str, str] = {
+    "knowledge": "",
+    "memory": "in trained words",
+    "reversed": "reversed",
+    "code": "the code",
+    "group": "the group",
+    "two-hops": "two hops",
+    "five-shot": "after five examples",
+    "open-book": "with the document",
 }
+"""What stands after the arm in the names of figures, by what a task lists under `asks` and `controls`."""
+STYLE = "style alone"
+_ENDS = (".", "?", "!", ":", ",")
 
 
-def ask(settings: Icd10cm, wordings: int) -> tuple[Question, ...]:
-    """The test questions about the facts of ``settings``."""
-    return questions(settings, wordings)
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Questions of one kind."""
+
+    label: str
+    asked: tuple[Question, ...]
+
+    def name(self, arm: str) -> str:
+        """What comes before the colon in the names of figures."""
+        return f"{arm}, {self.label}" if self.label else arm
+
+
+def sections(sources: Sequence[Icd10cm], task: KnowledgeTask) -> tuple[Section, ...]:
+    """The questions that ``task`` asks about the facts of ``sources``. A control fact that another source trains is not asked."""
+    trained = {fact.code for source in sources for fact in facts(source) if fact.arm != "control"}
+
+    def asked_of(source: Icd10cm, kind: Kind) -> tuple[Question, ...]:
+        found = questions(source, task.questions_per_fact, kind)
+        return tuple(one for one in found if one.fact.arm != "control" or one.fact.code not in trained)
+
+    kinds = [Section(LABELS[kind], tuple(one for source in sources for one in asked_of(source, kind))) for kind in task.asks]
+    controls = [
+        Section(LABELS[control], tuple(one for source in sources for one in controlled(source, asked_of(source, "knowledge"), control)))
+        for control in task.controls
+    ]
+    return (*kinds, *controls)
+
+
+@dataclass(frozen=True, slots=True)
+class _Marked:
+    """A question and how a model took it."""
+
+    question: Question
+    judged: Judged
+    hits: int
+    """Tokens of the answer that are the likeliest after those before them."""
+    text: str | None
+    """The free answer, where one was asked for."""
 
 
 def measure(
     scorer: Scorer,
     renderer: Renderer,
-    asked: Sequence[Question],
+    asked: Sequence[Section],
     *,
     generate: bool,
     samples: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Measurement:
-    """Answer loss, four-way choice and (with ``generate``) exact match for each arm, and ``samples`` answers."""
-    items = [Item(_prompt(question), (*question.choices, *question.rivals), question.answer) for question in asked]
-    judged = judge(scorer, renderer, items, advance)
-    shown = _samples(asked, samples)
-    wanted = list(range(len(asked))) if generate else shown
-    longest = max((len(renderer.tokenizer(question.answer)["input_ids"]) for question in asked), default=1)
-    texts = answer(scorer, renderer, [items[index].prompt for index in wanted], longest + 4, advance) if wanted else []
-    answers = dict(zip(wanted, texts, strict=True))
+    """Every figure of ``asked``, and ``samples`` free answers to the first section; ``generate``: free answers to all its questions."""
     quantities: list[Quantity] = []
-    for arm, members in ARMS.items():
-        chosen = [index for index, question in enumerate(asked) if question.fact.arm in members]
-        if chosen:
-            quantities += _quantities(arm, [(asked[index], judged[index]) for index in chosen])
-            if generate:
-                exact = [is_exact(answers[index], asked[index].answer) for index in chosen]
-                quantities.append(mean(f"{arm}: exact match", "share", _better(arm), exact, [asked[index].fact.code for index in chosen]))
-    return Measurement(
-        tuple(quantities),
-        {(_kind(asked[index]), asked[index].prompt[-1]["content"], asked[index].answer): answers[index] for index in shown},
-    )
+    answers: dict[tuple[str, str, str], str] = {}
+    for place, section in enumerate(asked):
+        shown = _samples(section.asked, samples) if place == 0 else []
+        wanted = range(len(section.asked)) if generate and place == 0 else shown
+        marked = _mark(scorer, renderer, section.asked, wanted, advance)
+        arms = ARMS if not section.label else {arm: ARMS[arm] for arm in _OF_SECTIONS}
+        for arm, members in arms.items():
+            chosen = [one for one in marked if one.question.fact.arm in members]
+            quantities += _quantities(section.name(arm), arm, chosen, free=generate and place == 0) if chosen else ()
+        if place == 0:
+            quantities += _style(marked, free=generate)
+            answers = {_shown(section.asked[index]): marked[index].text or "" for index in shown}
+    return Measurement(tuple(quantities), answers)
+
+
+def _mark(
+    scorer: Scorer, renderer: Renderer, asked: Sequence[Question], wanted: Sequence[int], advance: Callable[[int], None]
+) -> list[_Marked]:
+    """All of ``asked`` as the model takes them, the ``wanted`` ones answered freely too."""
+    offered = [tuple(dict.fromkeys((*question.choices, *question.rivals))) for question in asked]
+    items = [_continuations(renderer, question, choices) for question, choices in zip(asked, offered, strict=True)]
+    scores = score(scorer, items, advance)
+    judged = [
+        Judged(question.answer, dict(zip(choices, found, strict=True)))
+        for question, choices, found in zip(asked, offered, scores, strict=True)
+    ]
+    rights = [
+        _supervised(item.prompt, item.candidates[choices.index(question.answer)])
+        for question, choices, item in zip(asked, offered, items, strict=True)
+    ]
+    hits = [count for count, _ in likeliest(scorer, rights)]
+    longest = max((len(renderer.tokenizer(question.answer)["input_ids"]) for question in asked), default=1)
+    texts = answer(scorer, renderer, [_prompt(asked[index]) for index in wanted], longest + 4, advance) if wanted else []
+    free = dict(zip(wanted, texts, strict=True))
+    return [_Marked(*one, free.get(place)) for place, one in enumerate(zip(asked, judged, hits, strict=True))]
 
 
 def _prompt(question: Question) -> tuple[Message, ...]:
     return tuple(Message(turn["role"], turn["content"]) for turn in question.prompt)
 
 
-def _quantities(arm: str, pairs: Sequence[tuple[Question, Judged]]) -> list[Quantity]:
-    better = _better(arm)
-    facts = [question.fact.code for question, _ in pairs]
-    losses = ([judged.answer_loss for _, judged in pairs], [judged.answer_tokens for _, judged in pairs])
-    near = [judged.is_right(question.choices) for question, judged in pairs]
-    # Trained titles are familiar, whichever term they belong to: only a model that has bound the two prefers the answer to these.
-    rivals = [judged.is_right(question.rivals) for question, judged in pairs]
-    return [
-        ratio(f"{arm}: answer loss", "nats/token", "lower" if better == "higher" else better, losses, facts),
-        mean(f"{arm}: choice of four, near titles", "share", better, near, facts),
-        mean(f"{arm}: choice of four, titles of the arm", "share", better, rivals, facts),
-    ]
+def _continuations(renderer: Renderer, question: Question, choices: Sequence[str]) -> Continuations:
+    """The question with each of ``choices`` as the assistant's turn: what the turn already says belongs to the prompt."""
+
+    def turn(text: str) -> Example:
+        return renderer.example(Conversation((*_prompt(question), Message("assistant", text)), question.fact.code), "last-turn")
+
+    rendered = [turn(question.opening + choice) for choice in choices]
+    start = rendered[0].mask.index(True)
+    if question.opening:
+        opened = turn(question.opening).ids
+        start = min(_shared(opened, one.ids) for one in rendered)
+    ends = [len(one.mask) - one.mask[::-1].index(True) for one in rendered]
+    return Continuations(rendered[0].ids[:start], tuple(one.ids[start:end] for one, end in zip(rendered, ends, strict=True)))
 
 
-def _better(arm: str) -> str:
-    return "same" if "control" in arm else "higher"
+def _shared(left: Sequence[int], right: Sequence[int]) -> int:
+    """Leading ids that two texts have in common."""
+    return next((place for place, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
-def _kind(question: Question) -> str:
-    return next(name for name, members in ARMS.items() if question.fact.arm in members)
+def _supervised(prompt: tuple[int, ...], candidate: tuple[int, ...]) -> Example:
+    return Example((*prompt, *candidate), (*(False for _ in prompt), *(True for _ in candidate)), "answer")
+
+
+def _quantities(name: str, arm: str, marked: Sequence[_Marked], *, free: bool) -> Iterator[Quantity]:
+    """The figures of one arm; facts are what is drawn, however many wordings ask for each."""
+    better = "same" if arm == CONTROL else "higher"
+    codes = [one.question.fact.code for one in marked]
+    losses = ([one.judged.answer_loss for one in marked], [one.judged.answer_tokens for one in marked])
+    shares: Mapping[str, list[bool]] = {
+        "choice of four, near titles": [one.judged.is_right(one.question.choices) for one in marked],
+        # Trained titles are familiar, whichever term they belong to: only a model that has bound the two prefers the answer to these.
+        "choice of four, titles of the arm": [one.judged.is_right(one.question.rivals) for one in marked],
+        "exact match, teacher-forced": [one.hits == one.judged.answer_tokens for one in marked],
+    }
+    yield ratio(f"{name}: answer loss", "nats/token", "lower" if better == "higher" else better, losses, codes)
+    for measured, right in shares.items():
+        yield mean(f"{name}: {measured}", "share", better, right, codes)
+    if free:
+        yield mean(f"{name}: exact match", "share", better, [is_exact(one.text or "", one.question.answer) for one in marked], codes)
+
+
+def _style(marked: Sequence[_Marked], *, free: bool) -> Iterator[Quantity]:
+    """Format, whatever the content: how likely wrong answers of the right kind are, and whether free answers have the form of a title."""
+    codes = [one.question.fact.code for one in marked]
+    wrong = [[one.judged.scores[choice] for choice in one.question.choices if choice != one.question.answer] for one in marked]
+    parts = ([sum(nats for nats, _ in found) for found in wrong], [sum(count for _, count in found) for found in wrong])
+    yield ratio(f"{STYLE}: loss of wrong titles", "nats/token", "same", parts, codes)
+    if free:
+        longest = max(len(one.question.answer.split()) for one in marked)
+        formed = [has_form(one.text or "", longest) for one in marked]
+        yield mean(f"{STYLE}: free answers in the form of a title", "share", "same", formed, codes)
+
+
+def has_form(text: str, most_words: int) -> bool:
+    """Whether ``text`` looks like a title: one line, not longer than the longest, no sentence."""
+    return bool(text) and "\n" not in text and len(text.split()) <= most_words and not text.endswith(_ENDS)
+
+
+def _shown(question: Question) -> tuple[str, str, str]:
+    """What a sample is told by: kind, question, expected answer."""
+    kind = next(name for name, members in ARMS.items() if question.fact.arm in members)
+    return kind, question.prompt[-1]["content"], question.answer
 
 
 def _samples(asked: Sequence[Question], count: int) -> list[int]:
@@ -94,70 +204,3 @@ def _samples(asked: Sequence[Question], count: int) -> list[int]:
     by_arm = [[i for i, question in enumerate(asked) if question.fact.arm == arm] for arm in ("questions", "documents", "control")]
     mixed = [arm[place] for place in range(count) for arm in by_arm if place < len(arm)]
     return mixed[:count]
-
-
-# --- what was learned, in four numbers -----------------------------------------------------------------------------------------------
-
-HEADLINES = ("answer loss", "choice of four, titles of the arm")
-"""The figures that conclusions are drawn from."""
-_TRAINED, _ASKED, _READ, _CONTROL = "all trained facts", *tuple(ARMS)[:2], tuple(ARMS)[3]
-
-
-def headlines(measured: Mapping[str, Mapping[str, Measurement]]) -> tuple[Headline, ...]:
-    """Style, substance, extraction gap and efficiency with their intervals, of every system against the first; ``measured`` is by task.
-
-    Style is the change of the control; substance what trained facts change beyond it; the extraction gap what facts that were also asked
-    about in training gain beyond those that were only read; efficiency the substance for each 0.01 nat of general text forgotten.
-    """
-    systems = measured.get("knowledge", {})
-    first = next(iter(systems), "")
-    found: list[Headline] = []
-    for system in [*systems][1:]:
-        for measure_name in HEADLINES:
-            found += _conclusions(system, measure_name, systems[first], systems[system])
-        found += _efficiency(system, first, measured)
-    return tuple(found)
-
-
-def _conclusions(system: str, measure_name: str, before: Measurement, after: Measurement) -> Iterator[Headline]:
-    changes = [_arm_change(arm, measure_name, before, after) for arm in (_TRAINED, _CONTROL, _ASKED, _READ)]
-    trained, control, asked, read = changes
-    quantity = before.named(f"{_CONTROL}: {measure_name}")
-    if quantity is None:
-        return
-    aim = "lower" if measure_name == "answer loss" else "higher"
-    for name, better, number in (
-        ("style", "same", control),
-        ("substance", aim, trained - control if trained and control else None),
-        ("extraction gap", aim, asked - read if asked and read else None),
-    ):
-        if number:
-            yield Headline(name, measure_name, quantity.unit, better, system, _stated(number, better))
-
-
-def _arm_change(arm: str, measure_name: str, before: Measurement, after: Measurement) -> Sampled | None:
-    one, other = before.named(f"{arm}: {measure_name}"), after.named(f"{arm}: {measure_name}")
-    return sampled_change(one, other, [*ARMS].index(arm)) if one and other else None
-
-
-def _efficiency(system: str, first: str, measured: Mapping[str, Mapping[str, Measurement]]) -> Iterator[Headline]:
-    """Nothing where no general text was measured, or where it cannot be told that any was forgotten: a ratio to zero says nothing."""
-    general = measured.get("forgetting", {})
-    if system not in general:
-        return
-    before, after = (general[name].named("general text: loss") for name in (first, system))
-    trained, control = (
-        _arm_change(arm, HEADLINES[0], *(measured["knowledge"][name] for name in (first, system))) for arm in (_TRAINED, _CONTROL)
-    )
-    if not (before and after and trained and control):
-        return
-    forgotten = sampled_change(before, after, len(ARMS))
-    if forgotten.interval and forgotten.interval[0] > 0:
-        number = (control - trained).over(forgotten).times(0.01)
-        yield Headline("efficiency", HEADLINES[0], "nats/token for 0.01 forgotten", "higher", system, _stated(number, "higher"))
-
-
-def _stated(number: Sampled, better: str) -> Change:
-    low, high = number.interval or (None, None)
-    p = number.p if number.interval else None
-    return Change(number.value, low, high, p, verdict(number.interval, 1.0 if p is None else p, better, number.clusters))

@@ -1,0 +1,82 @@
+"""What was learned, in four numbers: style, substance, extraction gap, efficiency, each with its interval.
+
+Style is the change of facts never trained. Substance is what trained facts change beyond it (2309.14316 gives the idea of held-out
+individuals). The extraction gap is what facts that were also asked about in training gain beyond those that were only read. Efficiency is
+the substance for each 0.01 nat of general text forgotten. The arms hold different facts, so each is drawn apart from the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from finetune.evaluation.comparison import Measurement
+from finetune.evaluation.results import Change, Headline
+from finetune.evaluation.statistics import Sampled, sampled_change, verdict
+
+TRAINED, ASKED, READ, CONTROL = (
+    "all trained facts",
+    "trained as documents and questions",
+    "trained as documents only",
+    "never trained (control)",
+)
+"""The arms, as figures name them."""
+
+HEADLINES = ("answer loss", "choice of four, titles of the arm")
+"""The figures that conclusions are drawn from."""
+_GROUPS = (TRAINED, ASKED, READ, CONTROL, "general text")
+
+
+def headlines(measured: Mapping[str, Mapping[str, Measurement]]) -> tuple[Headline, ...]:
+    """The four of every system against the first; ``measured`` is by task, then by system. Empty where no knowledge was measured."""
+    systems = measured.get("knowledge", {})
+    first = next(iter(systems), "")
+    found: list[Headline] = []
+    for system in [*systems][1:]:
+        for measure_name in HEADLINES:
+            found += _conclusions(system, measure_name, systems[first], systems[system])
+        found += _efficiency(system, first, measured)
+    return tuple(found)
+
+
+def _conclusions(system: str, measure_name: str, before: Measurement, after: Measurement) -> Iterator[Headline]:
+    changes = [_arm_change(arm, measure_name, before, after) for arm in (TRAINED, CONTROL, ASKED, READ)]
+    trained, control, asked, read = changes
+    quantity = before.named(f"{CONTROL}: {measure_name}")
+    if quantity is None:
+        return
+    aim = "lower" if measure_name == "answer loss" else "higher"
+    for name, better, number in (
+        ("style", "same", control),
+        ("substance", aim, trained - control if trained and control else None),
+        ("extraction gap", aim, asked - read if asked and read else None),
+    ):
+        if number:
+            yield Headline(name, measure_name, quantity.unit, better, system, _stated(number, better))
+
+
+def _arm_change(arm: str, measure_name: str, before: Measurement, after: Measurement) -> Sampled | None:
+    one, other = before.named(f"{arm}: {measure_name}"), after.named(f"{arm}: {measure_name}")
+    return sampled_change(one, other, _GROUPS.index(arm)) if one and other else None
+
+
+def _efficiency(system: str, first: str, measured: Mapping[str, Mapping[str, Measurement]]) -> Iterator[Headline]:
+    """Nothing where no general text was measured, or where it cannot be told that any was forgotten: a ratio to zero says nothing."""
+    general = measured.get("forgetting", {})
+    if system not in general:
+        return
+    before, after = (general[name].named("general text: loss") for name in (first, system))
+    trained, control = (
+        _arm_change(arm, HEADLINES[0], *(measured["knowledge"][name] for name in (first, system))) for arm in (TRAINED, CONTROL)
+    )
+    if not (before and after and trained and control):
+        return
+    forgotten = sampled_change(before, after, _GROUPS.index("general text"))
+    if forgotten.interval and forgotten.interval[0] > 0:
+        number = (control - trained).over(forgotten).times(0.01)
+        yield Headline("efficiency", HEADLINES[0], "nats/token for 0.01 forgotten", "higher", system, _stated(number, "higher"))
+
+
+def _stated(number: Sampled, better: str) -> Change:
+    low, high = number.interval or (None, None)
+    p = number.p if number.interval else None
+    return Change(number.value, low, high, p, verdict(number.interval, 1.0 if p is None else p, better, number.clusters))
