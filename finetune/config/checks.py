@@ -12,6 +12,7 @@ from finetune.config import (
     distributed_checks,
     evaluation_checks,
     group_checks,
+    knowledge_checks,
     name_checks,
     optimizer_checks,
     sample_checks,
@@ -53,4 +54,5 @@ _CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     data_checks.tasks,
     evaluation_checks.evaluation_tasks,
     sample_checks.samples,
+    knowledge_checks.knowledge,
 )

@@ -20,9 +20,6 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 """`format` -> the columns that a row of it may have."""
 
-TAUGHT_BY: Mapping[str, tuple[str, ...]] = {"code": ("title-code", "code-title"), "group": ("hierarchy",), "two-hops": ("excludes",)}
-"""What `asks` of a knowledge task -> the `relations` of a source that teach it."""
-
 
 def sources(config: Config) -> list[tuple[KeyPath, Source]]:
     """Every source with its path, training first."""
