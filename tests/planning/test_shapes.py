@@ -180,12 +180,14 @@ def test_the_shipped_models_need_neither_torch_nor_the_hub() -> None:
 
 
 @pytest.mark.real
-def test_the_embedded_model_has_the_shapes_of_its_entry() -> None:
+def test_the_embedded_model_has_the_shapes_and_the_tokens_of_its_entry() -> None:
     from finetune.model.builtin import resolve_model
+    from finetune.model.load import load_tokenizer
 
-    directory = resolve_model(BUILTIN)
+    directory, known = resolve_model(BUILTIN), find_shape(Model(id=BUILTIN))
     embedded = json.loads((directory / "config.json").read_text())
-    assert dict(read_shape(embedded, "here").parameters()) == dict(find_shape(Model(id=BUILTIN)).parameters())
+    assert dict(read_shape(embedded, "here").parameters()) == dict(known.parameters())
+    assert known.tokens == len(load_tokenizer(directory)) == find_shape(Model(id=str(directory), new_tokens=("<a>",))).tokens
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
