@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -136,7 +137,7 @@ class _Drawn:
 
     def rates(self) -> Iterator[Series]:
         for name in dict.fromkeys(name for row in self.steps for name in row["learning_rates"]):
-            yield from self.by_step(name, lambda row, name=name: row["learning_rates"].get(name))
+            yield from self.by_step(name, partial(_rate, name))
 
     def constant(self, name: str, key: str, unit: float = 1) -> Iterator[Series]:
         if key in self.planned and self._at:
@@ -172,6 +173,10 @@ def _thinned(rows: Sequence[Row]) -> list[Row]:
         stretch = range(start, min(start + length, len(rows)))
         kept |= {min(stretch, key=lambda at: rows[at]["loss"]), max(stretch, key=lambda at: rows[at]["loss"])}
     return [rows[at] for at in sorted(kept)]
+
+
+def _rate(group: str, row: Row) -> Any:
+    return row["learning_rates"].get(group)
 
 
 def _throughput(row: Row) -> float | None:

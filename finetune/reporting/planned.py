@@ -70,11 +70,11 @@ def _memory(plan: Mapping[str, Any]) -> int | None:
 
 def _tokens(record: Record, plan: Mapping[str, Any]) -> int | None:
     """Of the plan, or else as many as the prepared rows of the run have in all of its steps."""
-    foretold: int | None = (plan.get("length") or {}).get("tokens")
+    length: Mapping[str, Any] = plan.get("length") or {}
     steps, rows = record.plan.get("steps") or {}, (record.plan.get("data") or {}).get("train") or {}
-    if foretold or not steps.get("per_epoch") or "tokens" not in rows:
-        return foretold
-    return round(rows["tokens"] * steps["total"] / steps["per_epoch"])
+    if length.get("tokens"):
+        return int(length["tokens"])
+    return round(rows["tokens"] * steps["total"] / steps["per_epoch"]) if steps.get("per_epoch") and "tokens" in rows else None
 
 
 def _shortened(record: Record) -> str:

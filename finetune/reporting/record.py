@@ -81,7 +81,7 @@ def _read(run: RunDirectory, name: str) -> Record:
 def _rows(run: RunDirectory) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {kind: [] for kind in _NEEDED}
     for number, row in enumerate(run.metric_rows(), start=1):
-        kind = row.get("kind") if isinstance(row, dict) else None
+        kind = str(row.get("kind")) if isinstance(row, dict) else ""
         missing = [key for key in _NEEDED[kind] if key not in row] if kind in _NEEDED else [f"a kind that is one of {', '.join(_NEEDED)}"]
         if missing:
             fix = "take the row out, or restore the file from a copy"

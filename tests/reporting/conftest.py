@@ -57,6 +57,7 @@ def figure(name: str, base: float, tuned: float) -> dict[str, Any]:
 
 
 MERGE = {
+    "destination": "/tmp/merged",
     "dtype": "bf16",
     "reason": "bf16 keeps 99.7% of the validation gain",
     "why_base": "the base as quantization left it",
