@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: torture bench bench-gpu bench-combine bench-startup bench-loftq help quickstart test test-fast check fix docs clean bench-data
+.PHONY: browser torture bench bench-gpu bench-combine bench-startup bench-loftq help quickstart test test-fast check fix docs clean bench-data
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -55,7 +55,15 @@ $(RUN)/eval/results.json: $(MERGED)/merge.json
 # Two workers with one thread each: most tests are small, and threads that fight for two cores make them slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test: $(VENV)/.dev ## all tests, the real model included
+# Debian's browser, for the tests of the report, where it can be installed without asking; those tests are skipped with the reason elsewhere.
+browser:
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    echo "Installing Chromium for the tests of the report ..."; \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } > /dev/null 2>&1 || echo "Chromium cannot be installed"; \
+	  else echo "No Chromium here: the tests that show a report in it are skipped (apt-get install chromium)"; fi; }
+
+test: $(VENV)/.dev browser ## all tests, the real model included
 	$(PYTEST) --durations 10
 	@echo "All tests passed, those on the real model included. Fast ones alone: make test-fast. Checks of the code: make check"
 

@@ -36,6 +36,8 @@ def test_the_wheel_holds_only_the_package_and_its_data(site: Path) -> None:
     assert {path.name.split("-")[0] for path in site.iterdir()} == {"finetune"}
     names = {str(path.relative_to(site / "finetune")) for path in (site / "finetune").rglob("*")}
     assert {"shipped/configs/quickstart.yaml", "shipped/recipes/domain-knowledge.yaml", "reporting/report.html.j2"} <= names
+    assert {"reporting/run.html.j2", "reporting/page.js", "reporting/page.css", "reporting/uplot/uPlot.iife.min.js"} <= names
+    assert {"reporting/uplot/uPlot.min.css", "reporting/uplot/LICENSE"} <= names
     assert {"data/texts/general.txt", "data/texts/general_questions.json"} <= names
 
 

@@ -115,6 +115,7 @@ def write_run(path: Path, steps: int = 8, rate: float = 0.1) -> RunDirectory:
         "versions": {"python": "3"},
     }
     sessions = [{"began": "2026-01-02T03:04:05+00:00", "from_step": 0, "devices": 1, "changes": [], "notes": [HOSTILE]}]
+    sessions[0]["failed"] = {"error": "DivergedError", "what": f"the loss is not finite {HOSTILE}"}
     write(run.environment, environment | {"origins": origins, "sessions": sessions})
     data = {"train": {"examples": 32, "tokens": 1000, "supervised": 500}}
     groups = [{"name": HOSTILE, "learning_rate": rate, "weight_decay": 0.01, "parameters": 12345, "tensors": 2}]

@@ -110,6 +110,7 @@ def test_every_part_of_a_run_is_shown(make_run: Make) -> None:
         "2 rules ran, 1 could not",
         "after step 8",
         "2026-01-02 03:04 UTC",
+        "ended by: the loss is not finite",
     ):
         assert shown in text, shown
 
