@@ -173,7 +173,7 @@ def _readings(name: str, aim: str, metric: str, items: Sequence[Any]) -> Iterato
         unit = "share" if all(0 <= item <= 1 for item in items) else ""
         yield mean(name, unit, aim, [float(item) for item in items], rows)
         yield ratio(name, "", aim, ([-float(item) for item in items], [1.0] * len(items)), rows, "exp")
-    elif items and all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
+    elif items and all(isinstance(item, (tuple, list)) and [*map(type, item)] in ([float, int], [float, float]) for item in items):
         lengths = [float(length) for _, length in items]
         nats = [-float(total) for total, _ in items]
         if metric.startswith("bits"):
