@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -30,6 +30,8 @@ class Series:
     """Whether it has a few values that are drawn as dots on the line."""
     planned: bool = False
     """Whether it is what was planned and not what was measured."""
+    means: Values = ()
+    """The running mean over all steps, drawn or not, at the same positions; empty where single values say enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,6 @@ class Chart:
     title: str
     unit: str
     series: tuple[Series, ...]
-    noisy: bool = False
-    """Whether single steps differ so much that a running mean helps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +76,7 @@ class Curves:
             {
                 "title": chart.title,
                 "unit": chart.unit,
-                "noisy": chart.noisy,
-                "series": [
-                    {"run": one.run, "name": one.name, "values": _short(one.values), "dots": one.dots, "planned": one.planned}
-                    for one in chart.series
-                ],
+                "series": [asdict(one) | {"values": _short(one.values), "means": _short(one.means)} for one in chart.series],
             }
             for chart in self.charts
         ]
@@ -100,20 +96,21 @@ def _charts(drawn: Sequence[_Drawn]) -> Iterator[Chart]:
         return tuple(series for one in drawn for part in parts for series in part(one))
 
     def of(name: str, value: Callable[[Row], Any]) -> Callable[[_Drawn], Iterator[Series]]:
-        return lambda one: one.by_step(name, value)
+        return lambda one: one.by_step(name, value, averaged=True)
 
     losses = join(of("training", lambda row: row["loss"]), lambda one: one.by_evaluation("validation", "validation_loss"))
-    yield Chart("loss", "Loss", "nats a supervised token", losses, noisy=True)
+    yield Chart("loss", "Loss", "nats a supervised token", losses)
     yield Chart("learning-rate", "Learning rate by group", "", join(lambda one: one.rates()))
-    yield Chart(
-        "gradient-norm", "Gradient norm", "before clipping", join(of("gradient norm", lambda row: row.get("grad_norm"))), noisy=True
-    )
+    yield Chart("gradient-norm", "Gradient norm", "before clipping", join(of("gradient norm", lambda row: row.get("grad_norm"))))
     speed = join(of("tokens/s", _throughput), lambda one: one.constant("plan", "tokens_per_second"))
-    yield Chart("throughput", "Throughput", "tokens a second", speed, noisy=True)
-    memory = join(of("most so far", lambda row: _scaled(row, "memory_bytes", GIB)), lambda one: one.constant("plan", "memory_bytes", GIB))
+    yield Chart("throughput", "Throughput", "tokens a second", speed)
+    memory = join(
+        lambda one: one.by_step("most so far", lambda row: _scaled(row, "memory_bytes", GIB)),
+        lambda one: one.constant("plan", "memory_bytes", GIB),
+    )
     yield Chart("memory", "Memory of a process", "GiB", memory)
     waited = join(of("waited", lambda row: _scaled(row, "input_seconds", row["seconds"] / 100)))
-    yield Chart("input", "Waiting for rows", "% of a step", waited, noisy=True)
+    yield Chart("input", "Waiting for rows", "% of a step", waited)
 
 
 class _Drawn:
@@ -127,9 +124,11 @@ class _Drawn:
         self._at = sorted(self._stepped.keys() | self._evaluated.keys())
         self.positions = self._positions()
 
-    def by_step(self, name: str, value: Callable[[Row], Any]) -> Iterator[Series]:
+    def by_step(self, name: str, value: Callable[[Row], Any], *, averaged: bool = False) -> Iterator[Series]:
         values = tuple(_finite(value(self._stepped[step])) if step in self._stepped else None for step in self._at)
-        yield from self._some(Series(self.number, name, values))
+        means = _running([(row["step"], _finite(value(row))) for row in self.record.steps]) if averaged else {}
+        taken = tuple(means.get(step) if step in self._stepped else None for step in self._at) if means else ()
+        yield from self._some(Series(self.number, name, values, means=taken))
 
     def by_evaluation(self, name: str, key: str) -> Iterator[Series]:
         values = tuple(_finite(self._evaluated[step][key]) if step in self._evaluated else None for step in self._at)
@@ -173,6 +172,16 @@ def _thinned(rows: Sequence[Row]) -> list[Row]:
         stretch = range(start, min(start + length, len(rows)))
         kept |= {min(stretch, key=lambda at: rows[at]["loss"]), max(stretch, key=lambda at: rows[at]["loss"])}
     return [rows[at] for at in sorted(kept)]
+
+
+def _running(values: Sequence[tuple[int, float | None]]) -> dict[int, float]:
+    """The mean of the last values at each step, as many as a thirtieth of the run: steps differ more by their rows than by what was
+    learned between them."""
+    present = [(step, value) for step, value in values if value is not None]
+    sums = [0.0, *accumulate(value for _, value in present)]
+    width = max(3, math.ceil(len(present) / 30))
+    starts = (max(0, end - width) for end in range(1, len(present) + 1))
+    return {step: (sums[end] - sums[start]) / (end - start) for end, (start, (step, _)) in enumerate(zip(starts, present, strict=True), 1)}
 
 
 def _rate(group: str, row: Row) -> Any:

@@ -4,7 +4,7 @@
   const data = JSON.parse(document.getElementById("curves").textContent);
   const figures = [...document.querySelectorAll("figure[data-chart]")];
   const controls = document.querySelector(".controls");
-  const asked = { axis: "step", smooth: false, logarithmic: false };
+  const asked = { axis: "step", smooth: controls.querySelector("[name=smooth]").checked, logarithmic: false };
   const axisNames = { step: "optimizer step", epoch: "epoch", tokens: "tokens trained", minutes: "minutes in steps" };
   const dashes = [[], [8, 4], [2, 3], [12, 3, 2, 3]];
   const colours = 8;
@@ -19,22 +19,8 @@
     return new Intl.NumberFormat("en", { maximumSignificantDigits: 5 }).format(value);
   }
 
-  // The mean of the last values, as many as a thirtieth of the line: steps differ more by their rows than by what was learned.
-  function smoothed(values) {
-    const present = values.filter((value) => value !== null).length;
-    const width = Math.max(3, Math.ceil(present / 30));
-    const last = [];
-    return values.map((value) => {
-      if (value === null) return null;
-      last.push(value);
-      if (last.length > width) last.shift();
-      return last.reduce((sum, one) => sum + one, 0) / last.length;
-    });
-  }
-
-  function shown(chart, series) {
-    let values = series.values;
-    if (asked.smooth && chart.noisy && !series.dots && !series.planned) values = smoothed(values);
+  function shown(series) {
+    const values = asked.smooth && series.means.length ? series.means : series.values;
     // a rate of zero has no logarithm
     return asked.logarithmic ? values.map((value) => (value > 0 ? value : null)) : values;
   }
@@ -42,7 +28,7 @@
   function joined(chart) {
     const tables = data.runs.flatMap((_, run) => {
       const lines = chart.series.filter((series) => series.run === run);
-      return lines.length ? [[data.axes[run][asked.axis], ...lines.map((series) => shown(chart, series))]] : [];
+      return lines.length ? [[data.axes[run][asked.axis], ...lines.map((series) => shown(series))]] : [];
     });
     return tables.length > 1 ? uPlot.join(tables) : tables[0];
   }

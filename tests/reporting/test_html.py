@@ -130,6 +130,9 @@ def test_the_curves_hold_the_rows_as_they_are(make_run: Make) -> None:
     assert data["axes"][0]["tokens"] == [100 * n * (n + 1) // 2 for n in range(1, 9)]
     training, validation = by_title["Loss"]
     assert training["values"] == pytest.approx([4 / n for n in range(1, 9)], rel=1e-6)
+    trailing = [sum(4 / k for k in range(max(1, n - 2), n + 1)) / min(n, 3) for n in range(1, 9)]
+    assert training["means"] == pytest.approx(trailing, rel=1e-6)
+    assert validation["means"] == []
     assert validation["values"] == [None, None, None, 0.5, None, None, None, 0.25]
     assert {series["values"][0] for series in by_title["Throughput"]} == {100.0, 125.0}  # measured, planned
 
@@ -224,3 +227,5 @@ def test_a_long_run_is_thinned_without_losing_a_spike(make_run: Make) -> None:
     assert drawn.positions[0].step[-1] == 50_000
     assert drawn.positions[0].tokens[-1] == 100 * 50_000 * 50_001 // 2  # of all steps, drawn or not
     assert drawn.thinned == ("run",)
+    rows_of_last = rows[-1667:]  # a thirtieth of all steps
+    assert drawn.charts[0].series[0].means[-1] == pytest.approx(sum(row["loss"] for row in rows_of_last) / 1667)
