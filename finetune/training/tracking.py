@@ -55,12 +55,12 @@ class Kind:
 
     make: Callable[[Tracked], Any]
     failures: tuple[str, ...] = ()
-    """`module:class` of what it raises besides OSError, RuntimeError and ValueError."""
+    """`module:class` of what it raises besides ImportError, OSError, RuntimeError and ValueError."""
 
     def errors(self) -> tuple[type[Exception], ...]:
-        """What a failure of the service raises."""
+        """What a failure of the service raises; a half-installed one, ImportError."""
         named = (name.split(":") for name in self.failures)
-        return (OSError, RuntimeError, ValueError, *(getattr(importlib.import_module(module), name) for module, name in named))
+        return (ImportError, OSError, RuntimeError, ValueError, *(getattr(importlib.import_module(module), name) for module, name in named))
 
 
 def _tensorboard(tracked: Tracked) -> Any:
@@ -91,14 +91,16 @@ def _mlflow(tracked: Tracked) -> Any:
         directory = tracked.run.path.absolute() / "mlflow"
         directory.mkdir(exist_ok=True)
         mlflow.set_tracking_uri(f"sqlite:///{directory / 'mlflow.db'}")
-        place = directory / "artifacts"
+        place = str(directory / "artifacts")
     known = tracked.run.path / _MLFLOW_RUN
     before = str(read_json(known)["run_id"]) if known.is_file() else None
     return MLflowTracker(experiment_name=tracked.project, logging_dir=place, run_id=before, run_name=tracked.run.path.name)
 
 
 def _trackio(tracked: Tracked) -> Any:
-    return TrackioTracker(tracked.project, name=tracked.run.path.name, resume="allow", embed=False)
+    # a run is known by its name there: a new one must not go on where another of that name ended
+    resume = "allow" if tracked.from_step else "never"
+    return TrackioTracker(tracked.project, name=tracked.run.path.name, resume=resume, embed=False, auto_log_cpu=False, auto_log_gpu=False)
 
 
 KINDS: Mapping[str, Kind] = {
