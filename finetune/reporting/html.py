@@ -36,7 +36,7 @@ from finetune.reporting.tables import (
     settings,
     side_by_side,
 )
-from finetune.reporting.wording import moment
+from finetune.reporting.wording import moment, setting
 from finetune.runs import RunDirectory
 from finetune.sealed import write_text
 
@@ -102,7 +102,7 @@ def render(records: Sequence[Record]) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, loader=FunctionLoader(_asset), trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["moment"] = moment
+    environment.filters |= {"moment": moment, "setting": setting}
     return environment.get_template("report.html.j2").render(
         title=_title(records),
         version=__version__,

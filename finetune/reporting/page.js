@@ -48,7 +48,7 @@
         dash,
         width: series.planned ? 1 : 1.6,
         spanGaps: true,
-        points: series.dots ? { show: true, size: 7, fill: stroke } : undefined,
+        points: series.dots ? { show: true, size: 7, fill: stroke } : series.planned ? { show: false } : undefined,
         value: (_, value) => worded(value) || "–",
       };
     });

@@ -50,7 +50,9 @@ def moment(stored: str | None) -> str:
 
 def percent(share: float | None) -> str:
     """A share between 0 and 1."""
-    return NOTHING if share is None else f"{share:.1%}"
+    if share is None:
+        return NOTHING
+    return f"{share:.1%}" if share >= 0.001 or share <= 0 else f"{100 * share:.1g}%"
 
 
 def setting(value: Any) -> str:
