@@ -15,7 +15,7 @@ from rich.text import Text
 
 from finetune.cli import view
 from finetune.cli.live.figures import Figures
-from finetune.cli.live.panel import Look, one_line, panel, plain_line
+from finetune.cli.live.panel import Look, beginning, ending, panel, plain_line
 from finetune.cli.live.pinned import Pinned, held, is_live
 from finetune.cli.workers import is_first
 from finetune.runs import RunDirectory
@@ -126,8 +126,7 @@ class TrainingView:
         samples = [asdict(sample) for sample in event.samples]
         self._figures.sampled(event.step, samples)
         for sample in samples if self._pinned is None else ():
-            said, answered = one_line(sample["prompt"], _SHOWN), one_line(sample["text"], _SHOWN)
-            self._print(f"step {event.step}: sample: {said} -> {answered or '(nothing)'}")
+            self._print(f"step {event.step}: sample: {ending(sample['prompt'], _SHOWN)} -> {beginning(sample['text'], _SHOWN)}")
 
     def _on_checkpointsaved(self, event: Any) -> None:
         if event.step:

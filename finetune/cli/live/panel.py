@@ -43,7 +43,7 @@ def panel(figures: Figures, look: Look, width: int, height: int) -> list[Text]:
         (5, _rates(figures.rates, width)),
         (3, [_labelled("speed", _speed(figures, look))]),
         (4, [_labelled("memory", _memory(figures))]),
-        (6, _sample(figures)),
+        (6, _sample(figures, width)),
     ]
     room, kept = height, set()
     for rank, lines in sorted(rows, key=lambda row: row[0]):
@@ -136,18 +136,24 @@ def _memory(figures: Figures) -> str:
     return f"{gib(figures.memory_bytes)} at most{of}"
 
 
-def _sample(figures: Figures) -> list[Text]:
+def _sample(figures: Figures, width: int) -> list[Text]:
     """Prompt and answer, one line each: text from strangers, of which the terminal obeys nothing."""
     if figures.sample is None:
         return []
     step, prompt, text = figures.sample
-    return [_labelled(f"sample {step}", one_line(prompt)), _labelled("", f"-> {one_line(text) or '(nothing)'}")]
+    return [_labelled(f"sample {step}", ending(prompt, width - _LABEL - 1)), _labelled("", f"-> {beginning(text, width)}")]
 
 
-def one_line(text: str, longest: int = 400) -> str:
-    """``text`` as a terminal may be given it, on one line; of a long one the end, where a prompt asks."""
+def ending(text: str, most: int) -> str:
+    """At most about ``most`` characters of ``text`` as a terminal may be given them, on one line: its end, where a prompt asks."""
     words = " ".join(text.split())
-    return shown(words if len(words) <= longest else f"...{words[-longest:]}")
+    return shown(words if len(words) <= most else f"...{words[-max(0, most - 3) :]}")
+
+
+def beginning(text: str, most: int) -> str:
+    """The same of its beginning, where an answer answers."""
+    words = " ".join(text.split()) or "(nothing)"
+    return shown(words if len(words) <= most else f"{words[: max(0, most - 3)]}...")
 
 
 def _number(value: float | None) -> str:
