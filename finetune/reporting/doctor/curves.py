@@ -24,6 +24,10 @@ _JUMP = 6.0
 """Standard deviations; a normal distribution has one in a billion above it, the losses of real batches have heavier tails."""
 _JUMP_SHARE = 0.2
 """Of the loss the run began at: lower jumps cost nothing."""
+NOTICEABLE = 0.1
+"""Nats a token: a rise below it costs nothing, however small the loss was before."""
+_HUMP = 3
+"""Steps of a rise: a rate that is too high loses the model within them, one odd batch does not fill them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,10 @@ class Course:
 
     initial: float
     """Over the first twentieth of the steps, which the warm-up keeps near the base."""
+    first: float
+    """Of the first step alone: the base, whatever the rate."""
+    first_error: float
+    """Standard error of the difference between three steps and the first."""
     final: float
     """Over the last tenth."""
     error: float
@@ -39,7 +47,7 @@ class Course:
     noise: float
     """Standard deviation of one step around the trend, in the second half."""
     highest: float
-    """Highest level over a twentieth of the steps (five at least), after the first."""
+    """Highest level over three steps, after the first."""
     late_share: float
     """Of the fall, in the second half of the learning rate that was spent: 0.5 for a straight line, which has not begun to converge;
     near 0 where the loss had come to rest."""
@@ -65,19 +73,20 @@ def course(steps: tuple[Step, ...]) -> Course:
     start, end = max(3, round(_START * count)), max(3, round(_END * count))
     initial, final = _level(steps[:start]), _level(steps[-end:])
     early, late = _noise(losses[:half]), _noise(losses[half:])
-    width = max(5, start)
-    levels = [_level(steps[at : at + width]) for at in range(start, count - width + 1)]
+    levels = [_level(steps[at : at + _HUMP]) for at in range(1, count - _HUMP + 1)]
     middle = _half_spent(steps)
     there = _level(steps[max(0, middle - end // 2) : middle + end // 2 + 1])
     fall = initial - final
     return Course(
         initial=initial,
+        first=losses[0],
+        first_error=early * math.sqrt(1 + 1 / _HUMP),
         final=final,
         error=math.hypot(early / math.sqrt(start), late / math.sqrt(end)),
         noise=late,
         highest=max(levels),
         late_share=(there - final) / fall if fall > 0 else 0.0,
-        jumps=len(_jumps(losses, _JUMP_SHARE * initial)),
+        jumps=len(_jumps(losses, max(NOTICEABLE, _JUMP_SHARE * initial))),
     )
 
 

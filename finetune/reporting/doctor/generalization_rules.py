@@ -10,11 +10,9 @@ from finetune.reporting.doctor.curves import LEAST_STEPS, course
 from finetune.reporting.doctor.evaluated_rules import change_of
 from finetune.reporting.doctor.evidence import Evaluation, Evidence
 from finetune.reporting.doctor.findings import Finding
-from finetune.reporting.doctor.learning_rules import is_flat, is_unstable, lacks_curve
+from finetune.reporting.doctor.learning_rules import is_flat, is_unstable, lacks_curve, validation_rose
 from finetune.reporting.doctor.rule import Rule
 
-_RISE = 0.03
-"""Of the lowest validation loss. The same rows are scored each time, so that chance is small; 1 % comes and goes in sound runs."""
 _GAP = 3.0
 """Validation over training loss: the rows are known by heart. The quickstart, few facts in many wordings, has 1.3."""
 _FELL = 0.2
@@ -53,18 +51,13 @@ def _best(evidence: Evidence) -> Evaluation:
     return min(evidence.evaluations, key=lambda one: one.loss)
 
 
-def _rose(evidence: Evidence) -> bool:
-    """Whether validation loss rose after its lowest point."""
-    return evidence.evaluations[-1].loss > _best(evidence).loss * (1 + _RISE)
-
-
 def _overfitting(evidence: Evidence) -> Finding | None:
     if is_unstable(evidence):
         return None
     best, last, found = _best(evidence), evidence.evaluations[-1], course(evidence.steps)
     fell = found.relative_fall > _FELL
     by_heart = fell and last.loss > _GAP * found.final
-    if not by_heart and not (_rose(evidence) and found.fall > 0):
+    if not by_heart and not (validation_rose(evidence) and found.fall > 0):
         return None
     measured = {
         "lowest validation loss": best.loss,
@@ -73,7 +66,7 @@ def _overfitting(evidence: Evidence) -> Finding | None:
         "final training loss": found.final,
     }
     measured |= {"training rows": evidence.data.train.examples, "epochs": evidence.config.train.epochs}
-    if _rose(evidence):
+    if validation_rose(evidence):
         what = (
             f"validation loss rose from {best.loss:.3f} (step {best.step}) to {last.loss:.3f} while training loss fell to {found.final:.3f}"
         )
@@ -127,7 +120,7 @@ def _wrong_layers(evidence: Evidence) -> Finding | None:
     found = course(evidence.steps)
     measured: dict[str, float | int | str] = {"initial loss": found.initial, "final training loss": found.final}
     what = ""
-    if evidence.evaluations and found.relative_fall > _FELL and not _rose(evidence):
+    if evidence.evaluations and found.relative_fall > _FELL and not validation_rose(evidence):
         gained = found.initial - _best(evidence).loss
         if gained < _FOLLOWED * found.fall:
             what = f"training gained {found.fall:.2f} nats and validation {gained:.2f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.reporting.doctor import changes
-from finetune.reporting.doctor.curves import LEAST_STEPS, course
+from finetune.reporting.doctor.curves import LEAST_STEPS, NOTICEABLE, course
 from finetune.reporting.doctor.evidence import Evidence, Step
 from finetune.reporting.doctor.findings import Finding
 from finetune.reporting.doctor.rule import Rule
@@ -13,11 +13,15 @@ _SIGMAS = 3.0
 _RISE = 0.05
 """Of the initial loss: above it at the end, training did harm."""
 _HUMP = 0.2
-"""Of the initial loss: a level this far above it on the way means that the model was lost and learned anew."""
+"""Of the first loss: a level this far above it on the way means that the model was lost and learned anew."""
+_SIGMAS_OF_MANY = 4.0
+"""Standard errors for the highest of many levels: of a thousand, one has three by chance."""
 _JUMPS = 3
 """One jump may be a row, and two a coincidence."""
 _FLAT = 0.02
 """Fall of the loss, as a share of its start, that no run is made for."""
+_VALIDATION_RISE = 0.03
+"""Of the lowest validation loss. The same rows are scored each time, so that chance is small; 1 % comes and goes in sound runs."""
 _CREEP = 0.1
 """The same for a loss that still falls in a straight line: it has hardly begun."""
 _STRAIGHT = 0.4
@@ -64,8 +68,8 @@ def is_unstable(evidence: Evidence) -> bool:
         return False
     found = course(evidence.steps)
     doubt = _SIGMAS * found.error
-    ended_above = found.final > found.initial + max(doubt, _RISE * found.initial)
-    rose = found.highest > found.initial + max(doubt, _HUMP * found.initial)
+    ended_above = found.final > found.initial + max(doubt, _RISE * found.initial, NOTICEABLE)
+    rose = found.highest > found.first + max(_SIGMAS_OF_MANY * found.first_error, _HUMP * found.first, NOTICEABLE)
     return ended_above or rose or found.jumps >= _JUMPS
 
 
@@ -79,12 +83,12 @@ def _rate_too_high(evidence: Evidence) -> Finding | None:
     what = "the loss or its gradient stopped being finite"
     if len(steps) >= LEAST_STEPS:
         found = course(steps)
-        measured |= {"initial loss": found.initial, "final loss": found.final, "highest level of the loss": found.highest}
+        measured |= {"loss of the first step": found.first, "highest level of the loss": found.highest, "final loss": found.final}
         measured["jumps"] = found.jumps
         if not lost:
-            lost = found.final > found.initial or found.highest > found.initial * (1 + _HUMP)
+            lost = found.final > found.initial or found.highest > found.first * (1 + _HUMP)
             what = (
-                f"the loss rose from {found.initial:.2f} to {found.highest:.2f} and ended at {found.final:.2f}"
+                f"the loss rose from {found.first:.2f} to {found.highest:.2f} and ended at {found.final:.2f}"
                 if lost
                 else f"the loss jumped {found.jumps} times"
             )
@@ -134,9 +138,17 @@ def _flat_loss(evidence: Evidence) -> Finding | None:
     return Finding("flat-loss", "problem", what, measured, reason, overrides)
 
 
+def validation_rose(evidence: Evidence) -> bool:
+    """Whether validation loss rose after its lowest point."""
+    losses = [one.loss for one in evidence.evaluations]
+    return bool(losses) and losses[-1] > min(losses) * (1 + _VALIDATION_RISE)
+
+
 def _underfitting(evidence: Evidence) -> Finding | None:
     found, config = course(evidence.steps), evidence.config
-    if is_unstable(evidence) or is_flat(evidence) or found.fall < _SIGMAS * found.error or found.late_share < _STRAIGHT:
+    if is_unstable(evidence) or is_flat(evidence) or validation_rose(evidence):  # more steps would make that worse
+        return None
+    if found.fall < _SIGMAS * found.error or found.late_share < _STRAIGHT:
         return None
     measured = {"initial loss": found.initial, "final loss": found.final, "share of the fall in the later half": found.late_share}
     what = f"the loss was still falling as fast as before when the run ended at {found.final:.3f}"
