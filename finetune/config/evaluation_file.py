@@ -46,8 +46,14 @@ def load_evaluation(path: Path | None, overrides: Sequence[str] = ()) -> Evaluat
         found += [(finding.paths[0], _located(finding.what, finding.fix, finding.paths[0], tree)) for finding in evaluation_tasks(config)]
     if found or failed:
         values = secret_values(tree)
+        found.sort(key=lambda item: _position(tree, item[0]))
         raise ConfigError.from_problems(masked(problem, values) for problem in [*(problem for _, problem in found), *failed])
     return config.evaluation
+
+
+def _position(tree: Node, path: KeyPath) -> tuple[str, int, int]:
+    place = tree.nearest(path).heading
+    return place.document.kind, place.line, place.column
 
 
 def _plain(tree: Node) -> dict[str, object]:

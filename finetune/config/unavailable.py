@@ -17,7 +17,7 @@ VALUES: dict[str, frozenset[str]] = {
     "data.train.0.format": frozenset({"preference", "dpo", "tool", "image", "multimodal"}),
     "train.precision": frozenset({"fp16", "float16", "half", "fp8", "16"}),
     "quantization.compute_dtype": frozenset({"fp16", "float16", "fp8"}),
-    "evaluation.tasks.0.task": frozenset({"generation", "choices", "harness", "lm-eval", "mmlu", "perplexity"}),
+    "evaluation.tasks.0.task": frozenset({"judge", "arena", "human-eval"}),
     "distributed.strategy": frozenset({"tensor-parallel", "pipeline"}),
 }
 """Path -> values that mean something elsewhere."""

@@ -132,7 +132,51 @@ CASES: list[tuple[str, dict[str, str], str, str]] = [
         "answers",
     ),
     ("knowledge of nothing", {"evaluation": "{tasks: [{task: knowledge}]}"}, "no `builtin:icd10cm` source", "knowledge"),
-    ("task twice", {"evaluation": "{tasks: [{task: loss}, {task: loss}]}"}, "the task `loss` is listed twice", "loss"),
+    ("task twice", {"evaluation": "{tasks: [{task: loss}, {task: loss}]}"}, "two tasks are called `validation`", "loss"),
+    (
+        "task names twice",
+        {
+            "evaluation": "{tasks: [{task: loss, name: own, data: {source: /a.jsonl}}, {task: choices, name: own, data: {source: /b.jsonl}}]}"
+        },
+        "two tasks are called `own`",
+        "choices",
+    ),
+    (
+        "pattern of nobody",
+        {"evaluation": "{tasks: [{task: generate, data: {source: /a.jsonl}, pattern: x}]}"},
+        "read by the metric `regex` alone",
+        "pattern",
+    ),
+    (
+        "regex of nothing",
+        {"evaluation": "{tasks: [{task: generate, data: {source: /a.jsonl}, metrics: [regex]}]}"},
+        "needs a `pattern`",
+        "metrics",
+    ),
+    (
+        "broken pattern",
+        {"evaluation": "{tasks: [{task: generate, data: {source: /a.jsonl}, metrics: [regex], pattern: '('}]}"},
+        "no regular expression",
+        "pattern",
+    ),
+    (
+        "greedy top_p",
+        {"evaluation": "{tasks: [{task: generate, data: {source: /a.jsonl}, top_p: 0.9}]}"},
+        "no effect on greedy answers",
+        "top_p",
+    ),
+    (
+        "weight of measured rows",
+        {"evaluation": "{tasks: [{task: loss, data: {source: /a.jsonl, weight: 2}}]}"},
+        "no meaning where rows are measured",
+        "weight",
+    ),
+    (
+        "columns of choices",
+        {"evaluation": "{tasks: [{task: choices, data: {source: /a.jsonl, columns: {prompt: q}}}]}"},
+        "no column of the task `choices`",
+        "prompt",
+    ),
     ("huge rate", {"optimizer": "{learning_rate: 0.5}"}, "a learning rate of 0.5 destroys the model", "learning_rate"),
     ("huge ratio", {"optimizer": "{learning_rate: 1e-3, groups: {mlp: {lr_ratio: 100}}}"}, "a learning rate of 0.1", "lr_ratio"),
     ("huge group rate", {"optimizer": "{groups: {mlp: {learning_rate: 0.2}}}"}, "a learning rate of 0.2", "learning_rate"),

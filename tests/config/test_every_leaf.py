@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.config.dump import dump_config, show_config
-from finetune.config.schema import Full, HubSource
+from finetune.config.schema import ChoicesTask, Full, GenerateTask, HubSource
 from finetune.config.shape import Block, Choice, Entry, Items, Leaf, Shape, Table, entries, root
 from finetune.config.tree import KeyPath, dotted
 
@@ -45,6 +45,10 @@ EXAMPLES: dict[str, Any] = {
     "rank_pattern": {"layers[.]0[.]": 8},
     "alpha_pattern": {"layers[.]0[.]": 8.0},
     "init_rank": 12,
+    "tasks": ["arc_easy"],
+    "metrics": ["exact-match"],
+    "pattern": "[A-Z]",
+    "stop": ["end"],
     "train": [{"source": "/data/train.jsonl"}],
 }
 """A valid value for leaves without a default to take."""
@@ -110,7 +114,8 @@ def test_the_walk_finds_every_section():
 
 def required(block: Block) -> dict[str, Any]:
     """The keys that a section cannot be without."""
-    return {
+    rows = {"data": {"source": "/data/own.jsonl"}} if block.model in (GenerateTask, ChoicesTask) else {}
+    return rows | {
         name: Place((name,), block, entry).example() for name, entry in block.entries.items() if entry.required and _is_leaf(entry.shape)
     }
 
@@ -166,6 +171,9 @@ def _surrounded(whole: dict[str, Any]) -> dict[str, Any]:
     """The document with what some methods need beside them."""
     if whole["tuning"].get("init", {}).get("method") == "loftq":
         whole["quantization"] = {"method": "nf4"}
+    for task in whole.get("evaluation", {}).get("tasks", []):
+        if task.get("pattern"):
+            task["metrics"] = ["regex"]
     if whole["model"].get("new_tokens"):
         whole["tuning"] = {"method": "lora", "embeddings": "new-tokens"}
     if whole.get("optimizer", {}).get("galore"):
