@@ -22,6 +22,7 @@ from finetune.cli.app import app  # noqa: E402
 from finetune.config.combine import plan_schema  # noqa: E402
 from finetune.config.json_schema import config_schema, preset_schema, to_text  # noqa: E402
 from finetune.config.reference import config_reference  # noqa: E402
+from finetune.config.sweep import sweep_schema  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "docs"))
 
@@ -49,6 +50,7 @@ def generated() -> dict[Path, str]:
         ROOT / "README.md": readme(),
         ROOT / "configs" / "finetune.schema.json": to_text(config_schema()),
         ROOT / "configs" / "combine.schema.json": to_text(plan_schema()),
+        ROOT / "configs" / "sweep.schema.json": to_text(sweep_schema()),
         ROOT / "recipes" / "preset.schema.json": to_text(preset_schema()),
     }
 

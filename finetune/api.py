@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from finetune.analysis.signal import SignalReport
     from finetune.config.load import Loaded
     from finetune.config.schema import Config
+    from finetune.config.sweep import Planned
     from finetune.evaluation.results import Results
     from finetune.inventory import Inventory
     from finetune.merging.combine_report import CombineReport
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from finetune.planning.plan import Plan
     from finetune.reporting.doctor import Diagnosis, Drift, Module
     from finetune.runs import RunDirectory
+    from finetune.sweeping.carry_out import Tell
+    from finetune.sweeping.table import Table
     from finetune.training.metrics import Observer
     from finetune.training.train import Inputs
 
@@ -35,6 +38,7 @@ __all__ = [
     "inventory",
     "launch",
     "load_config",
+    "load_sweep",
     "merge",
     "padding_share",
     "places",
@@ -45,6 +49,7 @@ __all__ = [
     "require_png",
     "spectrum",
     "stored_results",
+    "sweep",
     "train",
 ]
 
@@ -294,6 +299,23 @@ def _drift(run: RunDirectory, config: Config, newer: Path, progress: Callable[[s
     before, now = found.validation, found.newer
     figures = (before.loss, now.loss, before.gain, now.gain)
     return Drift(str(found.source), before.rows, now.rows, *map(loss, figures))
+
+
+def load_sweep(path: Path) -> Planned:
+    """The sweep in a YAML file, with the configuration of each of its runs; ConfigError with every problem of all of them."""
+    from finetune.config.sweep import load_sweep as load
+
+    return load(path)
+
+
+def sweep(planned: Planned, tell: Tell = lambda *_: None) -> tuple[Table, Path | None]:
+    """Train and measure what is not there yet of ``planned``; the table of all runs, and the page that compares them."""
+    from finetune.sweeping.carry_out import carry_out
+    from finetune.sweeping.table import finished_runs, write_table
+
+    table = write_table(planned, carry_out(planned, tell))
+    runs = finished_runs(table)
+    return table, report(*runs, page=planned.directory / "report.html") if runs else None
 
 
 def inventory() -> Inventory:

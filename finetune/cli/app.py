@@ -27,6 +27,7 @@ from finetune.cli import (
     merge_command,
     plan_command,
     report_command,
+    sweep_command,
 )
 from finetune.cli.options import ConfigPath, Json, Overrides
 from finetune.cli.workers import is_first, is_mine_to_tell
@@ -109,6 +110,7 @@ def train(
 
 
 app.command("eval")(eval_command.evaluate)
+app.command("sweep")(sweep_command.sweep)
 app.command("merge")(merge_command.merge)
 app.command("combine")(combine_command.combine)
 app.command("doctor")(doctor_command.doctor)

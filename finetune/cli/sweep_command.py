@@ -1,0 +1,81 @@
+"""`finetune sweep`: a grid over overrides, its runs one after the other, one table at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune import api
+from finetune.cli.options import Json
+
+if TYPE_CHECKING:
+    from finetune.config.sweep import Case
+    from finetune.sweeping.carry_out import Doing
+    from finetune.sweeping.table import Row, Table
+
+_WIDEST = 3
+"""Further figures that 80 columns hold."""
+
+
+def sweep(
+    plan: Annotated[Path, typer.Argument(metavar="SWEEP", help="YAML file: the configuration, arms, a grid, the output.")],
+    only_list: Annotated[bool, typer.Option("--list", help="Check every run's configuration, list them, and train nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train and measure one configuration in many variants; prints the directory with sweep.json and report.html last.
+
+    SWEEP names a configuration, arms (sets of overrides) and a grid (key -> values): each arm is run with each combination.
+    Every configuration is checked before the first run. The same command goes on after an interruption.
+    A run that diverges or does not fit is told in the table and does not end the others.
+    """
+    from finetune.cli import view
+
+    planned = api.load_sweep(plan)
+    if only_list:
+        for case, _ in planned.cases:
+            sys.stdout.write(f"{case.run}  {' '.join(f'-o {each}' for each in case.overrides[:-1])}".rstrip() + "\n")
+        return
+
+    def tell(number: int, of: int, case: Case, doing: Doing) -> None:
+        view.note(f"run {number} of {of}, {case.run.name}: {doing}")
+
+    table, page = api.sweep(planned, tell)
+    if as_json:
+        sys.stdout.write(json.dumps(table.as_dict() | {"report": str(page) if page else None}, indent=2, allow_nan=False) + "\n")
+        return
+    _show(table)
+    if page:
+        view.note(f"curves of all runs: {page}")
+    sys.stdout.write(f"{planned.directory}\n")
+
+
+def _show(table: Table) -> None:
+    """A row a run, the best of each arm marked; on stderr."""
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    from finetune.cli import view
+
+    columns = table.columns[:_WIDEST]
+    grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    grid.add_column("run", overflow="fold")
+    for name in (table.select, *columns):
+        grid.add_column(name, justify="right", overflow="fold")
+    for row in table.rows:
+        heading = Text(f"{'* ' if row.best else '  '}{row.name}", style="bold" if row.best else "")
+        figures = [Text(_value(row, name)) for name in (table.select, *columns)]
+        grid.add_row(heading, *(figures if row.failure is None else [Text(row.failure, style="yellow")]))
+    view.err.print(grid)
+    view.note(f"* the best of its arm by {table.select}; all figures with their intervals: sweep.json")
+
+
+def _value(row: Row, name: str) -> str:
+    """The figure, and how it differs from the model before training."""
+    shown = row.figures.get(name)
+    if shown is None:
+        return "-"
+    return f"{shown.value:.3f}" if shown.base is None else f"{shown.value:.3f} ({shown.value - shown.base:+.3f})"

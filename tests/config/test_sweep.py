@@ -1,0 +1,110 @@
+"""The file of `finetune sweep`: which runs it makes, and every problem of all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.config.sweep import Sweep, cases, load_sweep
+from finetune.errors import ConfigError
+
+
+def sweep_file(path: Path, **content: object) -> Path:
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def problems(path: Path) -> str:
+    with pytest.raises(ConfigError) as refused:
+        load_sweep(path)
+    return str(refused.value)
+
+
+def test_every_arm_meets_every_combination_of_the_grid() -> None:
+    sweep = Sweep(
+        config="c.yaml",
+        output="runs/s",
+        arms={"small": {"tuning.rank": 4}, "large": {"tuning.rank": 64}},
+        grid={"optimizer.learning_rate": (1e-4, 3e-4), "seed": (0, 1, 2)},
+    )
+    found = list(cases(sweep))
+    assert len(found) == len({case.run for case in found}) == 2 * 2 * 3
+    assert found[0].settings == {"tuning.rank": 4, "optimizer.learning_rate": 1e-4, "seed": 0}
+    assert found[0].run == Path("runs/s/small_learning_rate-0.0001_seed-0")
+    assert found[0].overrides[-1] == 'output="runs/s/small_learning_rate-0.0001_seed-0"'
+
+
+def test_without_arms_there_is_one_and_without_a_grid_one_run_an_arm() -> None:
+    assert [case.run.name for case in cases(Sweep(config="c", output="o", grid={"seed": (1, 2)}))] == ["seed-1", "seed-2"]
+    assert [case.run.name for case in cases(Sweep(config="c", output="o", arms={"a": {}, "b": {}}))] == ["a", "b"]
+    assert [case.run.name for case in cases(Sweep(config="c", output="o"))] == ["run"]
+
+
+def test_values_reach_the_configuration_as_they_are_written(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    write_config()
+    path = sweep_file(
+        tmp_path / "sweep.yaml",
+        config="run.yaml",
+        output=str(tmp_path / "s"),
+        arms={"a": {"tuning.targets": ["q_proj", "v_proj"], "train.early_stopping": None}},
+        grid={"optimizer.learning_rate": [1e-4]},
+    )
+    ((case, loaded),) = load_sweep(path).cases
+    assert loaded.config.tuning.targets == ("q_proj", "v_proj")  # type: ignore[union-attr]
+    assert loaded.config.optimizer.learning_rate == 1e-4
+    assert loaded.config.output == str(case.run)
+
+
+def test_what_is_wrong_with_the_file_is_said_with_its_line(tmp_path: Path) -> None:
+    text = problems(sweep_file(tmp_path / "s.yaml", confg="a.yaml", output="o", grid={"seed": []}, evaluate="yes"))
+    assert "unknown key `confg`" in text
+    assert "did you mean `config`?" in text
+    assert "`config` is missing" not in text
+    assert "`grid.seed`" in text
+    assert "`evaluate`" in text
+    assert "s.yaml:1" in text
+    assert "`config` is missing" in problems(sweep_file(tmp_path / "t.yaml", output="o"))
+    listed = tmp_path / "u.yaml"
+    listed.write_text("- a\n")
+    assert "a sweep is a mapping" in problems(listed)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"arms": {"a/b": {}}}, "'a/b' cannot be part of a directory's name"),
+        ({"arms": {"a": {"seed": 1}}, "grid": {"seed": [1]}}, "set by the arm a and varied by the grid"),
+        ({"arms": {"a": {"output": "x"}}}, "each run has its own output"),
+        ({"grid": {"output": ["x"]}}, "each run has its own output"),
+        ({"grid": {"tuning.targets": ["q", "q!"]}}, "two runs would be called targets-q"),
+        ({"select": "general text: loss", "evaluate": False}, "remove one of the two"),
+    ],
+)
+def test_contradictions_are_told(tmp_path: Path, content: dict[str, object], said: str) -> None:
+    assert said in problems(sweep_file(tmp_path / "s.yaml", config="c.yaml", output="o", **content))
+
+
+def test_every_run_is_checked_before_the_first_and_a_common_fault_is_said_once(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    write_config()
+    grid = {"optimizer.learning_rate": [1e-4, -1.0], "tuning.rank": [4, 0]}
+    text = problems(sweep_file(tmp_path / "sweep.yaml", config="run.yaml", output=str(tmp_path / "s"), grid=grid))
+    assert text.count("`optimizer.learning_rate` is -1.0") == 1
+    assert text.count("`tuning.rank` is 0") == 1
+    write_config("wrong.yaml", sed=1)
+    text = problems(sweep_file(tmp_path / "sweep.yaml", config="wrong.yaml", output=str(tmp_path / "s"), grid=grid))
+    assert text.count("unknown key `sed`") == 1
+    assert "rank" not in text
+    assert "there is no such file" in problems(sweep_file(tmp_path / "sweep.yaml", config="none.yaml", output="o"))
+
+
+def test_the_example_of_the_documentation_is_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sweep.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.yaml").write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    planned = load_sweep(tmp_path / "sweep.yaml")
+    assert len(planned.cases) == 6
+    for key in Sweep.model_fields:
+        assert f"| `{key}` |" in page
