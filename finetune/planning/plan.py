@@ -153,8 +153,9 @@ def options_of(change: Change, placement: Placement) -> str:
 
 
 def _named(name: str) -> Gpu | None:
-    """The listed GPU that a driver calls ``name``, such as `NVIDIA H100 80GB HBM3`; the longest name that fits."""
-    fitting = [gpu for gpu in GPUS if all(word in name.replace("-", " ") for word in gpu.name.split())]
+    """The listed GPU that a driver calls ``name``, such as `NVIDIA H100 80GB HBM3`; the longest name that fits. Laptops have others."""
+    words = name.replace("-", " ").split()
+    fitting = [gpu for gpu in GPUS if set(gpu.name.split()) <= set(words) and "Laptop" not in words]
     return max(fitting, key=lambda gpu: len(gpu.name), default=None)
 
 
