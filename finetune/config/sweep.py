@@ -73,7 +73,7 @@ class Case:
     @property
     def overrides(self) -> tuple[str, ...]:
         """As `-o` takes them, the output included."""
-        changed = self.settings | {"output": str(self.run)}
+        changed = {**self.settings, "output": str(self.run)}
         return tuple(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items())
 
 
