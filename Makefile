@@ -120,5 +120,8 @@ bench-loftq: $(VENV)/.dev ## what LoftQ gains and costs on the real model (docs/
 bench-merge: $(VENV)/.quickstart ## what each type keeps of the gain; time and memory of merging (docs/benchmarks/merge.json)
 	$(BIN)/python benchmarks/merge.py
 
+bench-doctor: $(VENV)/.dev ## runs made to fail each way, and sound ones, diagnosed (docs/benchmarks/doctor.json)
+	$(BIN)/python benchmarks/doctor.py --real
+
 clean: ## remove the environment, runs and caches of this checkout
 	rm -rf $(VENV) .venv-trl runs merged .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -326,3 +326,9 @@ def test_problems_come_first_and_json_gives_the_diagnosis_back() -> None:
     diagnosis = diagnose(several)
     assert [finding.severity for finding in diagnosis.findings] == ["problem", "advice"]
     assert Diagnosis.from_dict(json.loads(json.dumps(diagnosis.as_dict()))) == diagnosis
+
+
+def test_the_page_lists_every_rule() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
+    listed = [line.split(" | ")[:2] for line in page.split("<!-- rules -->")[1].split("<!-- end of rules -->")[0].strip().splitlines()]
+    assert listed == [[f"| `{rule.name}`", rule.looks_for] for rule in RULES]

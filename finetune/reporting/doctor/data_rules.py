@@ -20,6 +20,7 @@ _FEW_TOKENS = 256
 
 def _lacks_nothing(evidence: Evidence) -> str | None:
     del evidence  # every run records what preparation counted
+    return None
 
 
 def _over_long(evidence: Evidence) -> Finding | None:
