@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: browser torture bench bench-gpu bench-combine bench-startup bench-loftq help quickstart test test-fast check fix docs clean bench-data
+.PHONY: bench-doctor browser torture bench bench-gpu bench-combine bench-startup bench-loftq help quickstart test test-fast check fix docs clean bench-data
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
