@@ -44,6 +44,8 @@ CAPPED = ("gemma2",)
 _WINDOWED = ("gemma2", "gemma3_text")
 """Families whose attention has a window or a cap: they are padded, not packed."""
 _FP32 = 4
+_MASK = {"cuda": 1, "cpu": _FP32}
+"""Bytes of a scalar of dropout's mask: a boolean, or a number of the adapter's type."""
 _TILE, _SHORT = 64, 256
 """Of attention on a CPU: rows of queries attended together, and the longest example whose probabilities are kept."""
 
@@ -88,7 +90,8 @@ def arithmetic(shape: ModelShape, config: Config, kind: Literal["cpu", "cuda"], 
         own_norms=auto and not gemma and not wide and not isinstance(tuning, Full | Norm),
         own_mlp=own and not gemma and all(shares[matrix.name] == 1.0 for matrix in shape.matrices if in_mlp(matrix.name)),
         packed=auto and shape.family not in _WINDOWED and not isinstance(tuning, Prompt | Prefix),
-        shares_inputs=own or product == _FP32 or not isinstance(config.quantization, NoQuantization),
+        # PEFT's quantized layers leave the cast to autocast, and ask only for a GPU's
+        shares_inputs=own or product == _FP32 or (kind == "cuda" and not isinstance(config.quantization, NoQuantization)),
         dropout=dropout,
         shares=shares,
     )
@@ -153,7 +156,7 @@ def _inputs(shape: ModelShape, config: Config, how: Arithmetic) -> float:
         if how.own_mlp and matrix.name == "mlp.down_proj":
             continue
         if how.dropout:
-            total += part * matrix.inputs * (how.product + 1)  # what was dropped out of, and the mask
+            total += part * matrix.inputs * (how.product + _MASK[how.kind])  # what was dropped out of, and the mask
         elif how.shares_inputs:
             key = _reads(matrix)
             shared[key] = max(shared.get(key, 0.0), part * matrix.inputs * how.product)

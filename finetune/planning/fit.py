@@ -63,8 +63,8 @@ class _Option:
 
 
 def fits(memory: Memory, usable_bytes: int) -> bool:
-    """Whether ``memory`` lies within what one device has for it, once all has moved to host memory that can."""
-    return memory.total - memory.spillable <= usable_bytes
+    """Whether ``memory`` lies within what one device has for it, once all has given way that can."""
+    return memory.firm <= usable_bytes
 
 
 def smallest_change(shape: ModelShape, config: Config, setting: Setting, device: Device, longest: int) -> Change | None:

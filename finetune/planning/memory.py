@@ -1,7 +1,7 @@
 """Memory of a run on one device, by part, counted from what training stores; nothing is loaded.
 
-Every part is a product of sizes that the code of training fixes, named where it is computed. Two numbers are measured instead of derived:
-what a process holds before it has a model, and what an allocator wastes.
+Every part is a product of sizes that the code of training fixes, named where it is computed. Two numbers of each kind of device are no
+such products: what a process holds before it has a model, and what an allocator wastes (docs/adr/0024).
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ _LARGEST_SHARE = 0.1
 
 _LEAST_TOKENS = 16
 """The smallest `train.tokens_per_device`."""
-PROCESS: Mapping[str, int] = {"cpu": 700 * 2**20, "cuda": 820 * 2**20}
-"""Bytes of a process without a model. GPU: context and workspaces, assumed, not measured."""
-WASTED: Mapping[str, float] = {"cpu": 0.05, "cuda": 0.05}
-"""Share of what comes and goes that lies between blocks of the allocator. GPU: assumed, not measured."""
+PROCESS: Mapping[str, int] = {"cpu": 675 * 2**20, "cuda": 820 * 2**20}
+"""Bytes of a process without a model. CPU, measured: 649 MiB when data is prepared and the model begins to load (609 to 688 in seven runs),
+and 26 of products that oneDNN compiles. GPU: context and workspaces, assumed, not measured."""
+WASTED: Mapping[str, float] = {"cpu": 0.3, "cuda": 0.05}
+"""Share of what comes and goes that lies in holes of the allocator: 0.2 to 0.4 in glibc 2.36, whose heap gives holes of large tensors to
+small ones that stay. GPU: assumed, not measured."""
+_LOADING = 2.8
+"""Bytes a weight that quantizing on a CPU leaves in such holes: the mean of four loads, between 0 and 4."""
 
 PARTS: Mapping[str, str] = {
     "base": "weights of the base's blocks, as they are stored",
@@ -49,6 +53,7 @@ PARTS: Mapping[str, str] = {
     "activations": "what the forward pass keeps for the backward pass",
     "work": "what one block needs while it computes",
     "gathered": "blocks that are gathered from other devices",
+    "mapped": "pages of the checkpoint's file, which the system takes back where memory is short",
     "logits": "one chunk of supervised positions by the vocabulary",
     "process": "libraries and device context",
     "reserve": "what the allocator cannot use",
@@ -101,12 +106,17 @@ class Memory:
     parts: dict[str, int]
     """By the names of `PARTS`, in their order."""
     spillable: int = 0
-    """Of the total: what moves to host memory where the device is full, as the states of a paged optimizer do."""
+    """Of the total: states of a paged optimizer, which move to host memory where the device is full."""
 
     @property
     def total(self) -> int:
         """All parts."""
         return sum(self.parts.values())
+
+    @property
+    def firm(self) -> int:
+        """What gives way to nothing: all parts but those that spill or that the system takes back."""
+        return self.total - self.spillable - self.parts.get("mapped", 0)
 
 
 def estimate_memory(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting) -> Memory:
@@ -122,21 +132,26 @@ def estimate_memory(shape: ModelShape, parameters: Parameters, config: Config, s
     if lanes > 1:  # each has its own, and adds the next micro-batch's to it as a third, when what that one kept is gone
         gradients = max(lanes * gradients, 3 * lanes * gradients - sum(passing.values()))
     found = weights | passing | {"gradients": gradients, "optimizer": state_bytes(parameters, config, setting.optimizer)}
-    reserve = WASTED[setting.kind] * (gradients + sum(passing.values()))
-    found |= {"process": PROCESS[setting.kind], "reserve": reserve}
+    # in a heap, the tensors of a chunk of logits do not fit into the holes of the chunk before
+    twice = passing["logits"] if setting.kind == "cpu" else 0.0
+    found["reserve"] = twice + WASTED[setting.kind] * (gradients + sum(passing.values()) + twice)
+    found |= {"mapped": 0, "process": PROCESS[setting.kind]}
+    if setting.kind == "cpu":
+        found |= _on_host(shape, config, found, views=_storage(config, setting) == BYTES["bf16"])
     parts = {name: math.ceil(found[name]) for name in PARTS}
-    return Memory(parts, spillable=parts["optimizer"] if setting.kind == "cuda" and setting.optimizer.startswith("paged") else 0)
+    paged = setting.kind == "cuda" and setting.optimizer.startswith("paged")
+    return Memory(parts, spillable=parts["optimizer"] if paged else 0)
 
 
 def floor_memory(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting) -> Memory:
-    """What no setting of the micro-batch goes below: one short example, nothing wasted, and no states that could lie in host memory.
+    """What no micro-batch goes below: weights, gradients and states, without those that could lie in host memory.
 
     A device with less than this cannot train ``config``.
     """
     least = replace(setting, tokens=_LEAST_TOKENS, example_tokens=_LEAST_TOKENS, checkpointing=True, threads=1)
     smallest = estimate_memory(shape, parameters, config, least)
-    parts = smallest.parts | {"reserve": 0, "process": 0}
-    return Memory(parts | ({"optimizer": 0} if smallest.spillable else {}))
+    certain = ("base", "embeddings", "trained", "gradients", *(() if smallest.spillable else ("optimizer",)))
+    return Memory({name: size if name in certain else 0 for name, size in smallest.parts.items()})
 
 
 # --- weights -------------------------------------------------------------------------------------------------------------------------
@@ -215,6 +230,27 @@ def _projected(rank: int, sides: tuple[int, ...]) -> int:
     return rank * (short + 2 * long) if len(sides) == 2 and short > rank else 2 * math.prod(sides)
 
 
+# --- a CPU ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _on_host(shape: ModelShape, config: Config, found: Mapping[str, float], *, views: bool) -> dict[str, float]:
+    """Parts that are other ones where host memory is the device's: checkpoints are copied and read back in it, and bases quantized.
+
+    ``views``: embeddings and norms of a quantized base are views of the model's file (two bytes a scalar, as models are published), which
+    therefore stays mapped as far as it was read.
+    """
+    weights = found["trained"] or found["gradients"]  # of what trains: in full tuning they are the base's own
+    mapped = max(weights, found["optimizer"])  # what was written is mapped and compared, one file at a time
+    passing = sum(found[name] for name in ("gradients", "activations", "work", "logits"))
+    copied = weights + found["optimizer"] - passing  # once a step has given back what came and went
+    holes = 0.0
+    if not isinstance(config.quantization, NoQuantization):
+        mapped += BYTES["bf16"] * shape.blocks_scalars * views
+        taken = sum(found[name] for name in ("trained", "gradients", "optimizer", "activations", "work"))
+        holes = max(0.0, _LOADING * shape.blocks_scalars - taken)
+    return {"mapped": mapped, "reserve": found["reserve"] + holes + max(0.0, copied)}
+
+
 # --- a step --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -237,8 +273,9 @@ def _passing(shape: ModelShape, parameters: Parameters, config: Config, setting:
     if setting.checkpointing:
         activations += shape.layers * (shape.hidden * how.stream * setting.tokens - block)
         inside += block - copies  # nothing keeps them when the first block is computed again
-    # the last logits are gone before the first block's gradient is begun
-    return {"activations": activations + copies, "logits": logits, "work": max(0.0, inside - logits)}
+    if setting.kind == "cuda":  # the last logits are gone before the first block's gradient is begun, and their memory is taken again
+        inside = max(0.0, inside - logits)
+    return {"activations": activations + copies, "logits": logits, "work": max(0.0, inside)}
 
 
 def _logits(shape: ModelShape, config: Config, how: Arithmetic) -> float:
