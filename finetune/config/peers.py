@@ -242,6 +242,14 @@ VALUES: dict[str, dict[str, str]] = {
     "tuning.embeddings": {"train": "full", "none": "frozen", "tokens": "new-tokens"},
     "tuning.placement": {"houlsby": "both", "pfeiffer": "mlp"},
     "distributed.strategy": {"none": "auto", "data-parallel": "ddp", "fsdp2": "fsdp", "full-shard": "fsdp"},
+    "evaluation.tasks.0.task": {
+        "perplexity": "loss",
+        "generation": "generate",
+        "multiple-choice": "choices",
+        "multiple_choice": "choices",
+        "lm-eval": "harness",
+        "lm_eval": "harness",
+    },
 }
 """Path -> value elsewhere -> value here."""
 

@@ -38,6 +38,8 @@ _EXAMPLES = {
     "optimizer.groups": "groups: {embeddings: {lr_ratio: 0.1}}",
     "evaluation.tasks": "tasks: [{task: loss}, {task: forgetting}]",
     "evaluation.tasks.0": "{task: loss}",
+    "evaluation.tasks.0.data": "data: {source: rows.jsonl}",
+    "evaluation.tasks.0.tasks": "tasks: [arc_easy]",
     "train.evaluate": "evaluate: {every_steps: 100}",
     "train.checkpoint": "checkpoint: {every_steps: 100, keep: 3}",
     "train.early_stopping": "early_stopping: {patience: 3}",

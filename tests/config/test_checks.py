@@ -135,9 +135,7 @@ CASES: list[tuple[str, dict[str, str], str, str]] = [
     ("task twice", {"evaluation": "{tasks: [{task: loss}, {task: loss}]}"}, "two tasks are called `validation`", "loss"),
     (
         "task names twice",
-        {
-            "evaluation": "{tasks: [{task: loss, name: own, data: {source: /a.jsonl}}, {task: choices, name: own, data: {source: /b.jsonl}}]}"
-        },
+        {"evaluation": "{tasks: [{task: loss, name: own, data: {source: /a}}, {task: choices, name: own, data: {source: /b}}]}"},
         "two tasks are called `own`",
         "choices",
     ),

@@ -71,6 +71,8 @@ SURROUNDINGS = {
     "new-tokens": "model: {id: owner/name, new_tokens: ['[<note>]']}\n",
     "both": "tuning: {method: houlsby}\n",
     "mlp": "tuning: {method: houlsby}\n",
+    **{task: f"evaluation: {{tasks: [{{task: {task}, data: {{source: /rows.jsonl}}}}]}}\n" for task in ("loss", "generate", "choices")},
+    "harness": "evaluation: {tasks: [{task: harness, tasks: [arc_easy]}]}\n",
 }
 """Value -> what it needs around it, where that is not the least configuration."""
 
