@@ -7,7 +7,13 @@ import subprocess
 import sys
 
 REPEATS = 7
-COMMANDS = (["--help"], ["train", "--help"], ["config", "check", "configs/quickstart.yaml"])
+COMMANDS = (
+    ["--help"],
+    ["train", "--help"],
+    ["config", "check", "configs/quickstart.yaml"],
+    ["plan", "configs/quickstart.yaml"],
+    ["plan", "configs/medical-70b.yaml"],
+)
 
 
 def cpu_seconds(arguments: list[str]) -> float:
