@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from finetune.cli.live.pinned import Pinned, held, is_live
 from finetune.cli.live.sparkline import Trace, sparkline
 from finetune.cli.training_view import TrainingView
 from finetune.config.load import load_config
+from finetune.config.tracking import Tracking
 from finetune.planning.steps import Steps
-from finetune.training.metrics import Evaluated, Sample, Sampled, Started, StepDone, TrackerLost
+from finetune.training.metrics import KINDS, Evaluated, Sample, Sampled, Started, StepDone, TrackerLost
 
 RATES = {"attention": 5e-5, "mlp": 1e-4, "(rest)": 1e-4, "embeddings": 1e-5}
 ASKED = {"prompt": "What is E10.9?\nassistant", "text": "Type 1 \x1b[31mdiabetes\nmellitus"}
@@ -331,3 +333,12 @@ def test_an_error_leaves_the_streams_as_they_were(write_config: Callable[..., Pa
     with pytest.raises(ZeroDivisionError):
         follow(write_config(), Console(file=terminal, width=80, height=40, force_terminal=True), monkeypatch)
     assert (sys.stdout, sys.stderr) == before
+
+
+def test_the_page_names_every_key_of_a_row_and_every_tracker() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "watching.md").read_text()
+    for row, kind in KINDS.items():
+        line = next(line for line in page.splitlines() if line.startswith(f"| `{kind}` |"))
+        assert {field.name for field in fields(row)} <= set(re.findall(r"`(\w+)`", line)), kind
+    services = set(Tracking.model_fields) - {"project"}
+    assert {(name, name) for name in services} == set(re.findall(r"^\| `tracking\.(\w+)` \| `(\w+)` \|", page, re.M))
