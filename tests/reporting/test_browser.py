@@ -125,11 +125,11 @@ def test_the_page_follows_the_window_and_the_colours_of_the_system(page: Page, p
     page.show(pages["one"])
     shape = "[document.querySelector('#chart-loss canvas').clientWidth, getComputedStyle(document.body).color]"
     wide, light = page.evaluate(shape)
-    page.call("Emulation.setDeviceMetricsOverride", width=600, height=850, deviceScaleFactor=1, mobile=False)
+    page.call("Emulation.setDeviceMetricsOverride", width=400, height=850, deviceScaleFactor=1, mobile=False)
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     page.evaluate("new Promise(done => setTimeout(done, 300))")
     narrow, dark = page.evaluate(shape)
-    assert narrow < 600 < wide
+    assert narrow < 400 < wide
     assert light != dark
     assert page.evaluate(
         f"[...document.querySelectorAll('figure')].map({INK}).every(found => found > 100)"
