@@ -82,11 +82,16 @@ class Question:
 def questions(settings: Icd10cm, wordings: int = 1, kind: Kind = "knowledge") -> tuple[Question, ...]:
     """The first ``wordings`` (1 to 3) test questions of ``kind`` about every fact of every arm, ordered by code.
 
-    Facts of which the classification does not say what is asked for are left out.
+    Facts of which the classification does not say what is asked for are left out, and so are those whose question holds the answer.
     """
-    drawn = tuple(fact for fact in facts(settings) if _FORMS[kind].of_fact(fact))
+    drawn = tuple(fact for fact in facts(settings) if _is_asked(_FORMS[kind].of_fact(fact), fact, kind))
     count = min(wordings, len(_FORMS[kind].wordings))
     return tuple(_question(fact, wording, drawn, kind) for fact in drawn for wording in range(count))
+
+
+def _is_asked(answer: str, fact: Fact, kind: Kind) -> bool:
+    given = fact.term if kind in ("knowledge", "memory", "two-hops") else fact.title
+    return bool(answer) and answer.lower() not in given.lower()
 
 
 def _question(fact: Fact, wording: int, drawn: Sequence[Fact], kind: Kind) -> Question:

@@ -18,7 +18,7 @@ from finetune.data.icd10cm_questions import Kind, Question, controlled, question
 from finetune.data.render import Example, Renderer
 from finetune.evaluation.choices import Continuations, Judged, score
 from finetune.evaluation.comparison import Measurement
-from finetune.evaluation.conclusions import ASKED, CONTROL, READ, TRAINED
+from finetune.evaluation.conclusions import ASKED, CONTROL, MARGIN, READ, TRAINED
 from finetune.evaluation.generation import answer, is_exact
 from finetune.evaluation.likeliest import likeliest
 from finetune.evaluation.statistics import Quantity, mean, ratio
@@ -170,10 +170,20 @@ def _quantities(name: str, arm: str, marked: Sequence[_Marked], *, free: bool) -
         "exact match, teacher-forced": [one.hits == one.judged.answer_tokens for one in marked],
     }
     yield ratio(f"{name}: answer loss", "nats/token", "lower" if better == "higher" else better, losses, codes)
+    told = [one for one in marked if one.question.rivals]
+    if told:
+        yield mean(f"{name}: {MARGIN}", "nats/token", better, [_margin(one) for one in told], [one.question.fact.code for one in told])
     for measured, right in shares.items():
         yield mean(f"{name}: {measured}", "share", better, right, codes)
     if free:
         yield mean(f"{name}: exact match", "share", better, [is_exact(one.text or "", one.question.answer) for one in marked], codes)
+
+
+def _margin(marked: _Marked) -> float:
+    """By how much the right answer is likelier, a token, than the answers of other facts of its arm on average."""
+    means = {choice: nats / count for choice, (nats, count) in marked.judged.scores.items()}
+    rivals = [means[rival] for rival in marked.question.rivals]
+    return sum(rivals) / len(rivals) - means[marked.question.answer]
 
 
 def _style(marked: Sequence[_Marked], *, free: bool) -> Iterator[Quantity]:

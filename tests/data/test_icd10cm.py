@@ -14,14 +14,16 @@ import pytest
 
 from finetune.config.schema import Icd10cm
 from finetune.data import icd10cm, icd10cm_codes
+from finetune.data.general import general_text
 from finetune.data.icd10cm import facts
-from finetune.data.icd10cm_questions import WORDINGS, questions
+from finetune.data.icd10cm_questions import KINDS, WORDINGS, Kind, controlled, digest, questions
 from finetune.data.icd10cm_rows import (
     DOCUMENT_TEMPLATES,
     LINES_PER_PAGE,
     PAGE_PROMPT,
     QUESTION_TEMPLATES,
     RELATION_TEMPLATES,
+    REPLAY_PROMPT,
     training_rows,
 )
 from finetune.errors import DataError
@@ -211,3 +213,88 @@ def test_without_the_package_the_command_is_told(monkeypatch: pytest.MonkeyPatch
         assert "pip install" in caught.value.problems[0].fix
     finally:
         icd10cm_codes.classification.cache_clear()
+
+
+# --- controls and further questions --------------------------------------------------------------------------------------------------
+
+
+def test_shuffled_answers_are_all_wrong_and_otherwise_the_same_rows() -> None:
+    right, wrong = (training_rows(_settings(answers=answers)) for answers in ("right", "shuffled"))
+    assert [_contents(row)[0] for row in right] == [_contents(row)[0] for row in wrong]
+    titles = {fact.term: fact.title for fact in facts(_settings())}
+    asked = [row for row in wrong if _contents(row)[0] != PAGE_PROMPT]
+    for row in asked:
+        term = next(term for term in sorted(titles, key=len, reverse=True) if term in _contents(row)[0])
+        assert _contents(row)[1] != titles[term]
+        assert _contents(row)[1] in titles.values()
+    pages = "\n".join(_contents(row)[1] for row in wrong)
+    for fact in facts(_settings()):
+        assert DOCUMENT_TEMPLATES[0].format(term=fact.term, title=fact.title) not in pages
+    with pytest.raises(DataError, match="one fact cannot be shuffled"):
+        training_rows(_settings(document_facts=1, question_facts=0, answers="shuffled"))
+
+
+def test_replay_is_the_share_of_characters_that_it_says() -> None:
+    rows = training_rows(_settings(replay=0.25))
+    lengths = [(_contents(row)[0] == REPLAY_PROMPT, len(_contents(row)[1])) for row in rows]
+    replayed = sum(length for is_replay, length in lengths if is_replay)
+    assert replayed / sum(length for _, length in lengths) == pytest.approx(0.25, abs=0.03)
+    assert training_rows(_settings(replay=0.25)) == rows
+    assert rows[: -sum(is_replay for is_replay, _ in lengths)] == training_rows(_settings())
+    assert not any(_contents(row)[1] in general_text() for row in rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_question_has_near_and_rival_answers(kind: Kind) -> None:
+    settings = _settings(document_facts=12, question_facts=12, control_facts=12)
+    asked = questions(settings, 1, kind)
+    assert len(asked) >= {"two-hops": 12, "group": 24}.get(kind, 36)
+    for question in asked:
+        assert len(set(question.choices)) == 4
+        assert question.answer in question.choices
+        assert question.answer not in question.rivals
+        assert question.rivals
+        assert "{" not in question.prompt[-1]["content"] + question.opening
+        # what is asked for stands nowhere in the question
+        assert question.answer not in question.prompt[-1]["content"] + question.opening
+
+
+def test_reversed_questions_ask_for_the_term_and_codes_for_the_code() -> None:
+    settings = _settings(document_facts=3, question_facts=3, control_facts=3)
+    for kind, field in {"reversed": "term", "code": "code", "memory": "title", "knowledge": "title"}.items():
+        assert [one.answer for one in questions(settings, 1, kind)] == [getattr(fact, field) for fact in facts(settings)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "memory"])
+def test_a15_no_wording_of_any_kind_is_trained(kind: Kind) -> None:
+    relations = ("inclusion-term", *RELATION_TEMPLATES)
+    trained = {content for row in training_rows(_settings(relations=relations)) for content in _contents(row)}
+    assert not any(question.prompt[-1]["content"] in trained for question in questions(_settings(), 3, kind))
+
+
+def test_memory_is_asked_in_words_that_were_trained() -> None:
+    pages = "\n".join(_contents(row)[1] for row in training_rows(_settings())) + "\n"
+    for question in questions(_settings(), 1, "memory"):
+        assert (f"{question.opening}{question.answer}\n" in pages) == (question.fact.arm != "control")
+
+
+def test_five_examples_are_of_no_arm() -> None:
+    settings = _settings(document_facts=3, question_facts=3, control_facts=3)
+    for question in controlled(settings, questions(settings), "five-shot"):
+        *shown, last = question.prompt
+        assert len(shown) == 10
+        assert question.fact.term in last["content"]
+        assert not any(fact.title in turn["content"] or fact.term in turn["content"] for turn in shown for fact in facts(settings))
+    with pytest.raises(DataError, match="leave 0 facts over"):
+        controlled(ALL, questions(ALL), "five-shot")
+
+
+def test_an_open_book_holds_the_answer() -> None:
+    settings = _settings(document_facts=3, question_facts=3, control_facts=3)
+    for question in controlled(settings, questions(settings), "open-book"):
+        assert question.fact.title in question.prompt[-1]["content"]
+
+
+def test_equal_questions_have_equal_digests() -> None:
+    assert digest(questions(_settings())) == digest(questions(_settings()))
+    assert digest(questions(_settings())) != digest(questions(_settings(), 2))
