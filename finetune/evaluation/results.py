@@ -102,11 +102,20 @@ class Results:
         if trained is None or control is None:
             return None
         said = f"The answer loss of trained facts changed by {trained:+.2f} nats a token, that of facts never trained by {control:+.2f}: "
-        known = next((one.change for one in self.headlines if one.name == "substance" and one.system == second), None)
-        if known is None or known.low is None:
-            return f"{said}{control:+.2f} is style, {trained - control:+.2f} is knowledge."
-        range_ = f"(95 % interval {known.low:+.2f} to {known.high:+.2f}; {known.verdict})"
-        return f"{said}{control:+.2f} is style, {known.difference:+.2f} is knowledge {range_}."
+        substance, bound = (
+            next((one.change for one in self.headlines if (one.name, one.measure, one.system) == ("substance", measure, second)), None)
+            for measure in ("answer loss", "margin over titles of the arm")
+        )
+        said += f"{control:+.2f} is style, {trained - control:+.2f} goes beyond it{_sure(substance)}."
+        if bound is not None:
+            said += f" Against the other titles that were trained, the right one gained {bound.difference:+.2f} nats a token{_sure(bound)}."
+        return said
+
+
+def _sure(change: Change | None) -> str:
+    if change is None or change.low is None:
+        return ""
+    return f" (95 % interval {change.low:+.2f} to {change.high:+.2f}; {change.verdict})"
 
 
 LOFTQ_BASE = "base: the model before its first step, LoftQ's correction included"

@@ -1,0 +1,120 @@
+"""The table of an evaluation: value, interval, change and verdict, within 80 columns."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from finetune.cli.results_table import results_table, value
+from finetune.evaluation.results import Change, Figure, Headline, Results, read_results
+from finetune.runs import RunDirectory
+
+BETTER = Change(-2.83, -3.2, -2.4, 0.0002, "better")
+NONE = Change(0.05, -0.1, 0.2, 0.6, "no difference seen with n=24")
+
+
+def _results(*systems: str) -> Results:
+    names = ("base", "tuned", *systems)
+    arm = "trained as documents and questions"
+    figures = (
+        Figure(
+            "knowledge",
+            f"{arm}: answer loss",
+            "nats/token",
+            24,
+            {name: 5.1 - place for place, name in enumerate(names)},
+            "lower",
+            {name: (4.6 - place, 5.5 - place) for place, name in enumerate(names)},
+            dict.fromkeys(names[1:], BETTER),
+        ),
+        Figure(
+            "knowledge",
+            f"{arm}: choice of four, titles of the arm",
+            "share",
+            24,
+            dict.fromkeys(names, 0.0),
+            "higher",
+            dict.fromkeys(names, (0.0, 0.14)),
+            dict.fromkeys(names[1:], NONE),
+        ),
+    )
+    headlines = (Headline("substance", "answer loss", "nats/token", "lower", "tuned", BETTER),)
+    return Results("run", names, figures, (), 1.0, (), headlines)
+
+
+def _lines(results: Results) -> list[str]:
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(results_table(results))
+    return stream.getvalue().splitlines()
+
+
+def test_two_systems_have_change_and_verdict_in_columns_of_their_own() -> None:
+    lines = _lines(_results())
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(" ".join(line.split()) for line in lines)
+    assert "measured base tuned change verdict" in text
+    assert "trained as documents and" in text
+    assert "n=24" in text
+    assert "5.10 ±0.45 4.10 ±0.45 -2.83 ±0.40 better" in text
+    assert "0.000 ≤0.140 0.000 ≤0.140" in text
+    assert "no difference" in text
+    assert "what tuned learned" in text
+
+
+def test_more_systems_have_the_change_below_the_value() -> None:
+    lines = _lines(_results("merged"))
+    assert max(map(len, lines)) <= 80
+    assert any(line.count("-2.83 ±0.40 better") == 2 for line in lines)
+
+
+def test_results_of_older_versions_are_shown_without_intervals(tmp_path: Path) -> None:
+    stored = _results().as_dict()
+    for key in ("headlines", "record"):
+        stored.pop(key)
+    for figure in stored["figures"]:
+        figure.pop("intervals")
+        figure.pop("changes")
+    run = RunDirectory(tmp_path)
+    run.evaluations.mkdir()
+    (run.evaluations / "results.json").write_text(json.dumps(stored))
+    found = read_results(run)
+    assert found is not None
+    text = "\n".join(" ".join(line.split()) for line in _lines(found))
+    assert "5.100 4.100 -1.000" in text
+
+
+def test_what_is_stored_is_what_is_read(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.evaluations.mkdir()
+    (run.evaluations / "results.json").write_text(json.dumps(_results().as_dict()))
+    assert read_results(run) == _results()
+
+
+@pytest.mark.parametrize(
+    ("number", "interval", "shown"),
+    [
+        (5.137, (4.7, 5.6), "5.14 ±0.45"),
+        (2.6123, (2.58, 2.64), "2.612 ±0.030"),
+        (0.0, (0.0, 0.142), "0.000 ≤0.142"),
+        (1.0, (0.858, 1.0), "1.000 ≥0.858"),
+        (1.5, None, "1.500"),
+    ],
+)
+def test_digits_follow_the_interval(number: float, interval: tuple[float, float] | None, shown: str) -> None:
+    assert value(number, interval) == shown
+
+
+def test_the_sentence_tells_style_from_what_was_bound() -> None:
+    figures = tuple(
+        Figure("knowledge", f"{arm}: answer loss", "nats/token", 24, {"base": 5.0, "tuned": tuned}, "lower")
+        for arm, tuned in {"all trained facts": 2.0, "never trained (control)": 4.5}.items()
+    )
+    margin = Headline("substance", "margin over titles of the arm", "nats/token", "higher", "tuned", Change(0.8, 0.3, 1.2, 0.001, "better"))
+    sentence = Results("run", ("base", "tuned"), figures, (), 1.0, (), (margin,)).headline
+    assert sentence is not None
+    assert "-0.50 is style, -2.50 goes beyond it." in sentence
+    assert "the right one gained +0.80 nats a token (95 % interval +0.30 to +1.20; better)" in sentence
