@@ -49,7 +49,8 @@ class Sweep(Section):
     output: Text
     """Directory of the runs, one below it each. Relative paths start at the working directory."""
     arms: dict[str, dict[str, Any]] = {}
-    """Name -> keys and values, as `-o` takes them. Without arms there is one, which changes nothing."""
+    """Name -> keys and values, as `-o` takes them. A key of the grid takes a list: this arm's own values. Without arms there is one, which
+    changes nothing."""
     grid: dict[str, Values] = {}
     """Key -> values to try, for every arm."""
     evaluate: bool = True
@@ -114,9 +115,15 @@ def sweep_schema() -> dict[str, Any]:
 def cases(sweep: Sweep) -> Iterator[Case]:
     """Every run, arm by arm, the last key of the grid changing first."""
     for arm, own in (sweep.arms or {"": {}}).items():
-        for values in itertools.product(*sweep.grid.values()):
-            varied = dict(zip(sweep.grid, values, strict=True))
+        grid = {key: own[key] if _is_own_grid(own.get(key)) else values for key, values in sweep.grid.items()}
+        for values in itertools.product(*grid.values()):
+            varied = dict(zip(grid, values, strict=True))
             yield Case(arm, own | varied, Path(sweep.output) / _name(arm, varied))
+
+
+def _is_own_grid(value: Any) -> bool:
+    """Whether an arm that says this of a key of the grid gives its own values."""
+    return isinstance(value, list) and bool(value)
 
 
 def _name(arm: str, varied: Mapping[str, Any]) -> str:
@@ -197,7 +204,9 @@ def _arms(sweep: Sweep) -> Iterator[_Contradiction]:
         if not _NAME.fullmatch(arm):
             yield ("arms", arm), f"{arm!r} cannot be part of a directory's name", "use letters, digits, dots and dashes"
         for key in own.keys() & sweep.grid.keys():
-            yield ("arms", arm, key), f"`{key}` is set by the arm {arm} and varied by the grid", "keep one of the two"
+            if not _is_own_grid(own[key]):
+                what = f"`{key}` is varied by the grid, and the arm {arm} sets it"
+                yield ("arms", arm, key), what, "give the arm a list of its own values, or leave the key out of one of the two"
 
 
 def _names(sweep: Sweep) -> Iterator[_Contradiction]:

@@ -43,6 +43,12 @@ def test_without_arms_there_is_one_and_without_a_grid_one_run_an_arm() -> None:
     assert [case.run.name for case in cases(Sweep(config="c", output="o"))] == ["run"]
 
 
+def test_an_arm_may_have_its_own_values_of_a_key_of_the_grid() -> None:
+    sweep = Sweep(config="c", output="o", arms={"a": {}, "b": {"seed": [7], "tuning.rank": 2}}, grid={"seed": (1, 2)})
+    assert [case.settings for case in cases(sweep)] == [{"seed": 1}, {"seed": 2}, {"seed": 7, "tuning.rank": 2}]
+    assert [case.run.name for case in cases(sweep)] == ["a_seed-1", "a_seed-2", "b_seed-7"]
+
+
 def test_values_reach_the_configuration_as_they_are_written(write_config: Callable[..., Path], tmp_path: Path) -> None:
     write_config()
     path = sweep_file(
@@ -76,7 +82,8 @@ def test_what_is_wrong_with_the_file_is_said_with_its_line(tmp_path: Path) -> No
     ("content", "said"),
     [
         ({"arms": {"a/b": {}}}, "'a/b' cannot be part of a directory's name"),
-        ({"arms": {"a": {"seed": 1}}, "grid": {"seed": [1]}}, "set by the arm a and varied by the grid"),
+        ({"arms": {"a": {"seed": 1}}, "grid": {"seed": [1]}}, "`seed` is varied by the grid, and the arm a sets it"),
+        ({"arms": {"a": {"seed": []}}, "grid": {"seed": [1]}}, "give the arm a list of its own values"),
         ({"arms": {"a": {"output": "x"}}}, "each run has its own output"),
         ({"grid": {"output": ["x"]}}, "each run has its own output"),
         ({"grid": {"tuning.targets": ["q", "q!"]}}, "two runs would be called targets-q"),
