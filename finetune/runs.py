@@ -1,7 +1,7 @@
 """The run directory: the contract between commands.
 
     runs/NAME/
-      config.yaml  environment.json  plan.json  metrics.jsonl  report.html
+      config.yaml  environment.json  plan.json  metrics.jsonl  report.html  doctor.json
       checkpoints/step-00000100/{adapter_model.safetensors, adapter_config.json, optimizer.safetensors, state.json, MANIFEST.json}
       adapter/     final (or best) adapter, tokenizer and chat template; model/ after full tuning
       eval/*.json
