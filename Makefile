@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: bench-doctor browser torture bench bench-gpu bench-combine bench-startup bench-loftq help quickstart test test-fast check fix docs clean bench-data
+.PHONY: bench-plan bench-doctor browser torture bench bench-gpu bench-combine bench-startup bench-loftq help quickstart test test-fast check fix docs clean bench-data
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -119,6 +119,9 @@ bench-loftq: $(VENV)/.dev ## what LoftQ gains and costs on the real model (docs/
 
 bench-merge: $(VENV)/.quickstart ## what each type keeps of the gain; time and memory of merging (docs/benchmarks/merge.json)
 	$(BIN)/python benchmarks/merge.py
+
+bench-plan: $(VENV)/.quickstart ## memory that the plan predicts against what training takes (docs/benchmarks/plan.md; on a GPU: PLAN=--gpu)
+	$(BIN)/python -m benchmarks.plan $(PLAN)
 
 bench-doctor: $(VENV)/.dev ## runs made to fail each way, and sound ones, diagnosed (docs/benchmarks/doctor.json)
 	$(BIN)/python benchmarks/doctor.py --real

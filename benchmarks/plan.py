@@ -169,7 +169,7 @@ def gpu_cases(tiny: bool) -> list[GpuCase]:
     """Three models; small ones with ``tiny``."""
     from benchmarks.engine.gpu import LLAMA_8B, LLAMA_70B
 
-    small = (64, 128, 2, 4, 2, 49152)
+    small = (64, 128, 2, 4, 2, 512)
     eight, seventy, tokens = (small, small, 64) if tiny else (LLAMA_8B, LLAMA_70B, 4096)
     return [
         GpuCase("8B, bf16, rank 16, checkpointing off", eight, "none", 16, False, tokens // 2),

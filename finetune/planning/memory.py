@@ -1,7 +1,7 @@
 """Memory of a run on one device, by part, counted from what training stores; nothing is loaded.
 
 Every part is a product of sizes that the code of training fixes, named where it is computed. Two numbers of each kind of device are no
-such products: what a process holds before it has a model, and what an allocator wastes (docs/adr/0024).
+such products: what a process holds before it has a model, and what an allocator wastes (docs/adr/0029).
 """
 
 from __future__ import annotations
