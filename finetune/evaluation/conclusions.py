@@ -21,8 +21,8 @@ TRAINED, ASKED, READ, CONTROL = (
 )
 """The arms, as figures name them."""
 
-MARGIN = "margin over titles of the arm"
-HEADLINES = ("answer loss", MARGIN, "choice of four, titles of the arm")
+BINDING = "binding to its question"
+HEADLINES = ("answer loss", BINDING, "choice of four, titles of the arm")
 """The figures that conclusions are drawn from. Training makes titles familiar, whichever term they stand beside, and that alone lowers the
 loss of answers and beats titles never read: only the last two tell whether term and title were bound."""
 _GROUPS = (TRAINED, ASKED, READ, CONTROL, "general text")

@@ -7,6 +7,7 @@ with the document in the prompt (can it be answered at all?).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from finetune.data.icd10cm_questions import Kind, Question, controlled, question
 from finetune.data.render import Example, Renderer
 from finetune.evaluation.choices import Continuations, Judged, score
 from finetune.evaluation.comparison import Measurement
-from finetune.evaluation.conclusions import ASKED, CONTROL, MARGIN, READ, TRAINED
+from finetune.evaluation.conclusions import ASKED, BINDING, CONTROL, READ, TRAINED
 from finetune.evaluation.generation import answer, is_exact
 from finetune.evaluation.likeliest import likeliest
 from finetune.evaluation.statistics import Quantity, mean, ratio
@@ -170,20 +171,32 @@ def _quantities(name: str, arm: str, marked: Sequence[_Marked], *, free: bool) -
         "exact match, teacher-forced": [one.hits == one.judged.answer_tokens for one in marked],
     }
     yield ratio(f"{name}: answer loss", "nats/token", "lower" if better == "higher" else better, losses, codes)
-    told = [one for one in marked if one.question.rivals]
-    if told:
-        yield mean(f"{name}: {MARGIN}", "nats/token", better, [_margin(one) for one in told], [one.question.fact.code for one in told])
+    bound = _binding(marked)
+    if bound:
+        yield mean(f"{name}: {BINDING}", "nats/token", better, list(bound.values()), [marked[place].question.fact.code for place in bound])
     for measured, right in shares.items():
         yield mean(f"{name}: {measured}", "share", better, right, codes)
     if free:
         yield mean(f"{name}: exact match", "share", better, [is_exact(one.text or "", one.question.answer) for one in marked], codes)
 
 
-def _margin(marked: _Marked) -> float:
-    """By how much the right answer is likelier, a token, than the answers of other facts of its arm on average."""
-    means = {choice: nats / count for choice, (nats, count) in marked.judged.scores.items()}
-    rivals = [means[rival] for rival in marked.question.rivals]
-    return sum(rivals) / len(rivals) - means[marked.question.answer]
+def _binding(marked: Sequence[_Marked]) -> dict[int, float]:
+    """Place -> by how much the answer is likelier, a token, after its own question than after those of other facts of its arm.
+
+    It is one and the same text each time, so that neither its length nor how familiar it became matters: pointwise mutual information.
+    Answers that are no rival of any other question are left out.
+    """
+    elsewhere: defaultdict[str, list[float]] = defaultdict(list)
+    for one in marked:
+        for rival in one.question.rivals:
+            nats, count = one.judged.scores[rival]
+            elsewhere[rival].append(nats / count)
+    found = {}
+    for place, one in enumerate(marked):
+        others = elsewhere.get(one.question.answer)
+        if others:
+            found[place] = sum(others) / len(others) - one.judged.answer_loss / one.judged.answer_tokens
+    return found
 
 
 def _style(marked: Sequence[_Marked], *, free: bool) -> Iterator[Quantity]:

@@ -104,11 +104,13 @@ class Results:
         said = f"The answer loss of trained facts changed by {trained:+.2f} nats a token, that of facts never trained by {control:+.2f}: "
         substance, bound = (
             next((one.change for one in self.headlines if (one.name, one.measure, one.system) == ("substance", measure, second)), None)
-            for measure in ("answer loss", "margin over titles of the arm")
+            for measure in ("answer loss", "binding to its question")
         )
         said += f"{control:+.2f} is style, {trained - control:+.2f} goes beyond it{_sure(substance)}."
         if bound is not None:
-            said += f" Against the other titles that were trained, the right one gained {bound.difference:+.2f} nats a token{_sure(bound)}."
+            said += (
+                f" After its own question, not others, an answer gained {bound.difference:+.2f} nats a token{_sure(bound)}."
+            )
         return said
 
 

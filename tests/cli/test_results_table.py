@@ -113,8 +113,8 @@ def test_the_sentence_tells_style_from_what_was_bound() -> None:
         Figure("knowledge", f"{arm}: answer loss", "nats/token", 24, {"base": 5.0, "tuned": tuned}, "lower")
         for arm, tuned in {"all trained facts": 2.0, "never trained (control)": 4.5}.items()
     )
-    margin = Headline("substance", "margin over titles of the arm", "nats/token", "higher", "tuned", Change(0.8, 0.3, 1.2, 0.001, "better"))
+    margin = Headline("substance", "binding to its question", "nats/token", "higher", "tuned", Change(0.8, 0.3, 1.2, 0.001, "better"))
     sentence = Results("run", ("base", "tuned"), figures, (), 1.0, (), (margin,)).headline
     assert sentence is not None
     assert "-0.50 is style, -2.50 goes beyond it." in sentence
-    assert "the right one gained +0.80 nats a token (95 % interval +0.30 to +1.20; better)" in sentence
+    assert "an answer gained +0.80 nats a token (95 % interval +0.30 to +1.20; better)" in sentence

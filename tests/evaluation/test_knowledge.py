@@ -16,9 +16,10 @@ from finetune.data.icd10cm import facts
 from finetune.data.icd10cm_questions import KINDS
 from finetune.data.render import Example, Renderer
 from finetune.evaluation import knowledge
+from finetune.evaluation.choices import Judged
 from finetune.evaluation.comparison import Measurement
 from finetune.evaluation.conclusions import ASKED, CONTROL, READ, TRAINED, headlines
-from finetune.evaluation.knowledge import Section, has_form, sections
+from finetune.evaluation.knowledge import Section, _binding, _Marked, has_form, sections
 from finetune.evaluation.likeliest import likeliest
 from finetune.evaluation.statistics import mean, ratio
 from finetune.scoring import Scorer
@@ -108,6 +109,20 @@ def test_every_kind_can_be_measured(kind: str, scorer: Scorer, renderer: Rendere
         scorer, renderer, sections([SOURCE], KnowledgeTask(task="knowledge", asks=(kind,))), generate=False, samples=0
     )
     assert all(np.isfinite(one.value) for one in found.quantities)
+
+
+def test_binding_compares_an_answer_with_itself_after_other_questions() -> None:
+    """A title that is likely everywhere is bound to nothing; one that is likely after its own term alone is."""
+    asked = sections(
+        [Icd10cm(source="builtin:icd10cm", document_facts=2, question_facts=0, control_facts=1)], KnowledgeTask(task="knowledge")
+    )
+    first, second = [one for one in asked[0].asked if one.fact.arm == "documents"]
+    assert (first.rivals, second.rivals) == ((second.answer,), (first.answer,))
+    marked = [
+        _Marked(first, Judged(first.answer, {first.answer: (2.0, 4), second.answer: (9.0, 3)}), 0, None),
+        _Marked(second, Judged(second.answer, {second.answer: (3.0, 3), first.answer: (2.0, 4)}), 0, None),
+    ]
+    assert _binding(marked) == {0: pytest.approx(0.0), 1: pytest.approx(2.0)}
 
 
 # --- teacher-forced ------------------------------------------------------------------------------------------------------------------
