@@ -1,7 +1,7 @@
 """This project against its peers on the same work: `make bench`, or `python -m benchmarks.engine` where both environments are there.
 
-Without options: every setting of the peers on some rows, to find the fastest of each, then rounds of all tools, LoRA on all rows and NF4
-on some, into docs/benchmarks/engine.json and engine.md. Finished runs are kept as they come; the same command goes on after an
+Without options: every setting of the peers on some rows, to find the fastest of each, then rounds of all tools, LoRA and NF4 on all
+rows, into docs/benchmarks/engine.json and engine.md. Finished runs are kept as they come; the same command goes on after an
 interruption, and repeats what failed or what was measured on other code. Exit code 1 where a tool failed or a floor does not hold.
 
 The same on fewer rows, kept beside the runs and not in docs/: `python -m benchmarks.engine --rows 24 --rounds 1`.

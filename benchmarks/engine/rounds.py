@@ -17,7 +17,7 @@ from benchmarks.engine.tools import FINETUNE, ROOT, TOOLS, TRL, TRL_SFT, Tool
 
 RESULTS = ROOT / "docs" / "benchmarks" / "engine.json"
 MODEL = "SmolLM2-135M-Instruct"
-NF4_ROWS = 120
+NF4_ROWS = data.ROWS
 CANDIDATE_ROWS = 48
 _SIZES = (
     "hidden_size",
