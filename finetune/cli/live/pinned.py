@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
-_EVERY_S = 0.25
+_EVERY_S = 0.5
 _OFF = ("", "0", "false")
 
 
@@ -28,7 +28,7 @@ def is_live(console: Console) -> bool:
 
 
 class Pinned:
-    """Draws what ``draw(width, height)`` gives, four times a second and after all that is printed through `print`.
+    """Draws what ``draw(width, height)`` gives, twice a second and after all that is printed through `print`.
 
     What this process writes to stdout or stderr in the meantime is printed above, a line at a time.
     """
