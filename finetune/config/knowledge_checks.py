@@ -20,7 +20,7 @@ def knowledge(config: Config) -> Iterator[Finding]:
         if source.answers == "shuffled" and source.document_facts + source.question_facts == 1:
             place: KeyPath = ("data", "train", index, "answers")
             yield Finding("the answers of one fact cannot be shuffled", "raise `document_facts` or `question_facts`", place)
-    taught = {relation for source in sources.values() for relation in source.relations}
+    taught: set[str] = {relation for source in sources.values() for relation in source.relations}
     for index, task in enumerate(config.evaluation.tasks):
         if isinstance(task, KnowledgeTask):
             path: KeyPath = ("evaluation", "tasks", index)
