@@ -1,0 +1,33 @@
+"""`finetune eval` as it is typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Run = Callable[..., Any]
+
+
+def test_models_are_measured_where_no_run_is(finetune: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = [{"question": "Which?", "choices": ["this", "that"], "answer": number % 2} for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.yaml").write_text("evaluation: {tasks: [{task: choices, data: {source: rows.jsonl}}]}\n")
+    done = finetune("eval", tiny_model_dir, "--config", tmp_path / "own.yaml", "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found == json.loads((tmp_path / "eval" / "own.json").read_text())
+    assert found["figures"][0]["name"] == "choices: accuracy (chance 50%)"
+    assert found["record"]["data"]["choices"]["sha256"]
+    shown = finetune("eval", tiny_model_dir, "-o", "evaluation.tasks=[{task: forgetting}]", cwd=tmp_path, COLUMNS="80")
+    assert shown.code == 0, shown.err
+    assert str(Path("eval") / f"{tiny_model_dir.name}.json") in shown.out
+
+
+def test_what_cannot_be_measured_ends_without_a_traceback(finetune: Run, tmp_path: Path) -> None:
+    for arguments in (["nowhere/at/all"], [tmp_path], ["builtin:other"], ["builtin:smollm2-135m", "--name", "a/b"]):
+        done = finetune("eval", *arguments, cwd=tmp_path)
+        assert done.code == 2, done.err
+        assert "fix:" in done.err
+        assert "Traceback" not in done.err
