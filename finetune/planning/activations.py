@@ -21,6 +21,7 @@ from typing import Literal
 
 from finetune.config.methods import targets_of
 from finetune.config.schema import (
+    AdaLora,
     Config,
     EightBit,
     Full,
@@ -36,6 +37,7 @@ from finetune.config.schema import (
     Tuning,
     Vera,
 )
+from finetune.planning.ranks import init_rank
 from finetune.planning.shapes import Matrix, ModelShape
 from finetune.planning.targets import find_named, in_mlp
 
@@ -106,12 +108,11 @@ def _trains_embeddings(tuning: Tuning) -> bool:
 
 def _shares(tuning: Tuning, shape: ModelShape) -> dict[str, float]:
     if isinstance(tuning, Full):
-        targets = tuning.targets if isinstance(tuning.targets, SpectrumTargets) else SpectrumTargets(spectrum=1.0)
-    else:
-        found = targets_of(tuning)
-        if found is None:
-            return {matrix.name: 0.0 for matrix in shape.matrices}
-        targets = found
+        part = tuning.targets.spectrum if isinstance(tuning.targets, SpectrumTargets) else 1.0
+        return {matrix.name: part for matrix in shape.matrices}
+    targets = targets_of(tuning)
+    if targets is None:
+        return {matrix.name: 0.0 for matrix in shape.matrices}
     if isinstance(targets, SpectrumTargets):
         return {matrix.name: targets.spectrum for matrix in shape.matrices}
     counts = Counter(name.split(".", 3)[3] for name in find_named([name for name, _ in shape.modules()], targets))
@@ -143,14 +144,15 @@ def _norms(shape: ModelShape, config: Config, how: Arithmetic) -> float:
 def _inputs(shape: ModelShape, config: Config, how: Arithmetic) -> float:
     """Inputs of the layers that are adapted or trained, and the r numbers between A and B."""
     tuning = config.tuning
-    total, shared = 0.0, {}
+    total = 0.0
+    shared: dict[str, float] = {}
+    rank = init_rank(tuning) if isinstance(tuning, AdaLora) else tuning.rank if isinstance(tuning, Lora | TiedLora) else 0
     for matrix in shape.matrices:
         part = how.shares[matrix.name]
         if isinstance(tuning, Vera):  # A and B do not train: what the two vectors multiply is kept, not the input
             total += part * (tuning.rank + matrix.out) * how.product
             continue
-        thin = 0 if isinstance(tuning, Full) else getattr(tuning, "init_rank", None) or getattr(tuning, "rank", 0)
-        total += part * thin * how.product
+        total += part * rank * how.product
         if isinstance(tuning, Lora) and tuning.dora:
             total += part * 2 * matrix.out * how.product
         if how.own_mlp and matrix.name == "mlp.down_proj":
@@ -188,13 +190,13 @@ def _attention(shape: ModelShape, how: Arithmetic, example_tokens: int) -> float
 
 def _extras(shape: ModelShape, config: Config, how: Arithmetic) -> float:
     """The MLP between its layers, and what a method puts between those."""
-    total = (2 if how.own_mlp else 3) * shape.inner * how.product
+    total = float((2 if how.own_mlp else 3) * shape.inner * how.product)
     match config.tuning:
         case Ia3():
             return total + (2 * shape.kv_heads * shape.head_dim + shape.inner) * _FP32
         case Houlsby() as tuning:
             return total + (2 if tuning.placement == "both" else 1) * (shape.hidden + 2 * tuning.bottleneck) * how.product
-    return float(total)
+    return total
 
 
 def work(shape: ModelShape, how: Arithmetic) -> float:

@@ -9,23 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
-from finetune.config.schema import Config, EightBit, FourBit, Full, Galore, Lora, NoQuantization, SpectrumTargets
+from finetune.config.schema import Config, EightBit, FourBit, Full, Lora, NoQuantization, SpectrumTargets
 from finetune.planning.activations import CAPPED, Arithmetic, arithmetic, kept, outside, work
 from finetune.planning.parameters import Parameters
 from finetune.planning.resolve import Precision, Resolved
 from finetune.planning.shapes import ModelShape
+from finetune.planning.states import BYTES, state_bytes
 
-BYTES: Mapping[str, int] = {"bf16": 2, "fp32": 4}
 _FP32 = 4
 _BLOCK, _OUTER_BLOCK = 64, 256
 """Weights of 4 bits that share a constant, and constants that share one (2305.14314, section 3)."""
-_STATES_BLOCK = 256
-"""States of 8 bits that share a constant in fp32."""
-_SMALL = 4096
-"""Scalars of a tensor below which bitsandbytes keeps states in 32 bits."""
 _ROWS, _TRAINED_ROWS = 128, 256
 """Supervised positions whose logits exist at a time, with a frozen head and with one that trains (`finetune.model.head`)."""
 _GATHERED = 2
@@ -128,7 +123,7 @@ def estimate_memory(shape: ModelShape, parameters: Parameters, config: Config, s
     lanes = _lanes(shape, parameters, setting, how)
     weights = _weights(shape, parameters, config, setting)
     passing = _passing(shape, parameters, config, setting, how, lanes)
-    gradients = parameters.trainable * BYTES[config.train.trainable_dtype]
+    gradients = float(parameters.trainable * BYTES[config.train.trainable_dtype])
     if lanes > 1:  # each has its own, and adds the next micro-batch's to it as a third, when what that one kept is gone
         gradients = max(lanes * gradients, 3 * lanes * gradients - sum(passing.values()))
     found = weights | passing | {"gradients": gradients, "optimizer": state_bytes(parameters, config, setting.optimizer)}
@@ -165,7 +160,7 @@ def _storage(config: Config, setting: Setting) -> int:
 def _weights(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting) -> dict[str, float]:
     storage, scalar, tuning = _storage(config, setting), BYTES[config.train.trainable_dtype], config.tuning
     blocks = _bits(shape, config, storage) / 8 + (shape.norms_scalars - shape.hidden + shape.biases_scalars) * storage
-    rest = (shape.embedding_scalars + shape.head_scalars + shape.hidden) * storage
+    rest = float((shape.embedding_scalars + shape.head_scalars + shape.hidden) * storage)
     rest += (parameters.base - shape.total) * storage  # rows of new tokens
     added = float((parameters.trainable + parameters.buffers) * scalar)
     if isinstance(tuning, Full):
@@ -193,41 +188,6 @@ def _bits(shape: ModelShape, config: Config, storage: int) -> float:
         case NoQuantization():
             each = 8.0 * storage
     return shape.blocks_scalars * each
-
-
-def state_bytes(parameters: Parameters, config: Config, optimizer: str) -> float:
-    """What ``optimizer`` (never `auto`) keeps from step to step."""
-    scalar = BYTES[config.train.trainable_dtype]
-    if optimizer.endswith("-8bit"):
-        states = 1 if optimizer == "lion-8bit" else 2
-        return states * sum(_eight_bit(tensor.scalars) for tensor in parameters.tensors.values())
-    if optimizer == "paged-adamw-32bit":
-        return 2 * _FP32 * parameters.trainable
-    if optimizer == "lion":
-        return scalar * parameters.trainable
-    left = {name for group in parameters.groups if group.rule == "adamw" for name in group.names}
-    own = {"adafactor": _factored, "muon": math.prod, "galore": partial(_projected, (config.optimizer.galore or Galore()).rank)}.get(
-        optimizer
-    )
-    return scalar * sum(
-        2 * tensor.scalars if own is None or name in left else own(tensor.shape) for name, tensor in parameters.tensors.items()
-    )
-
-
-def _eight_bit(scalars: int) -> int:
-    """Bytes of a state: small tensors keep theirs in 32 bits."""
-    return _FP32 * scalars if scalars < _SMALL else scalars + _FP32 * -(-scalars // _STATES_BLOCK)
-
-
-def _factored(sides: tuple[int, ...]) -> int:
-    """A row and a column of a matrix (1804.04235)."""
-    return math.prod(sides) if len(sides) < 2 else math.prod(sides[:-1]) + sides[-1]
-
-
-def _projected(rank: int, sides: tuple[int, ...]) -> int:
-    """A projector and two moments in its subspace (2403.03507)."""
-    short, long = min(sides), max(sides)
-    return rank * (short + 2 * long) if len(sides) == 2 and short > rank else 2 * math.prod(sides)
 
 
 # --- a CPU ---------------------------------------------------------------------------------------------------------------------------
