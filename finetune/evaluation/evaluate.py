@@ -279,6 +279,8 @@ def _record(request: Request, tasks: Mapping[str, Task], systems: dict[str, Any]
     data = {
         name: identity(task.data) for name, task in tasks.items() if isinstance(task, (LossTask, GenerateTask, ChoicesTask)) and task.data
     }
+    materials = _materials(request)
+    asked = {name: knowledge.digests(materials.facts, task) for name, task in tasks.items() if isinstance(task, KnowledgeTask)}
     return {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "targets": [target.word for target in request.targets],
@@ -287,6 +289,7 @@ def _record(request: Request, tasks: Mapping[str, Task], systems: dict[str, Any]
         "systems": systems,
         "evaluation": request.settings.model_dump(mode="json"),
         "data": data,
-        "validation": _materials(request).record,
+        "questions": asked,
+        "validation": materials.record,
         **environment(),
     }

@@ -15,7 +15,7 @@ from finetune.config.data import Icd10cm
 from finetune.config.evaluation import KnowledgeTask
 from finetune.data.formats import Conversation, Message
 from finetune.data.icd10cm import facts
-from finetune.data.icd10cm_questions import Kind, Question, controlled, questions
+from finetune.data.icd10cm_questions import Kind, Question, controlled, digest, questions
 from finetune.data.render import Example, Renderer
 from finetune.evaluation.choices import Continuations, Judged, score
 from finetune.evaluation.comparison import Measurement
@@ -69,6 +69,11 @@ def sections(sources: Sequence[Icd10cm], task: KnowledgeTask) -> tuple[Section, 
         for control in task.controls
     ]
     return (*kinds, *controls)
+
+
+def digests(sources: Sequence[Icd10cm], task: KnowledgeTask) -> dict[str, str]:
+    """sha256 of the questions of each section, by what follows the arm in the names of its figures: equal ones can be compared."""
+    return {section.label: digest(section.asked) for section in sections(sources, task)}
 
 
 @dataclass(frozen=True, slots=True)

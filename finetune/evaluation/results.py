@@ -108,9 +108,7 @@ class Results:
         )
         said += f"{control:+.2f} is style, {trained - control:+.2f} goes beyond it{_sure(substance)}."
         if bound is not None:
-            said += (
-                f" After its own question, not others, an answer gained {bound.difference:+.2f} nats a token{_sure(bound)}."
-            )
+            said += f" After its own question, not others, an answer gained {bound.difference:+.2f} nats a token{_sure(bound)}."
         return said
 
 
