@@ -143,7 +143,7 @@ def _verdict(plan: Plan, width: int) -> str:
     here, choices = plan.here, plan.here.resolved
     have = f"{_size(here.needs)} of {_size(here.machine.memory_bytes)}"
     lines = [f"fits: {have}" if here.fits else f"does not fit: {have}. {_advice(plan.change, here)}"]
-    if here.fits and here.needs > here.machine.memory_bytes:
+    if here.memory.spillable and here.fits and here.needs > here.machine.memory_bytes:
         lines.append(f"{_size(here.memory.spillable)} of it, states of the optimizer, may spill to host memory")
     checkpointing = "on" if choices.gradient_checkpointing.value else "off"
     lines += [
