@@ -22,7 +22,7 @@ def test_models_are_measured_where_no_run_is(finetune: Run, tiny_model_dir: Path
     assert found["record"]["data"]["choices"]["sha256"]
     shown = finetune("eval", tiny_model_dir, "-o", "evaluation.tasks=[{task: forgetting}]", cwd=tmp_path, COLUMNS="80")
     assert shown.code == 0, shown.err
-    assert str(Path("eval") / f"{tiny_model_dir.name}.json") in shown.out
+    assert str(Path("eval") / f"{tiny_model_dir.name}.json") in shown.err
 
 
 def test_what_cannot_be_measured_ends_without_a_traceback(finetune: Run, tmp_path: Path) -> None:
