@@ -59,4 +59,5 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, text: str) -> None:
 def test_the_example_of_the_page_is_valid(tmp_path: Path) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "eval.md").read_text(encoding="utf-8")
     example = page.split("```yaml\n")[1].split("```")[0]
-    assert [task.task for task in load_evaluation(written(tmp_path, example)).tasks] == ["loss", "loss", "generate", "choices", "forgetting"]
+    tasks = load_evaluation(written(tmp_path, example)).tasks
+    assert [task.task for task in tasks] == ["loss", "loss", "generate", "choices", "forgetting"]
