@@ -159,6 +159,9 @@ WELL: dict[str, Callable[[], Evidence]] = {
     "as it should be": evidence,
     "a loss of nearly nothing from the start": lambda: evidence(falling(start=0.1, end=0.1, noise=0.001), evaluations=()),
     "one odd batch now and then": lambda: evidence(jumping(2.0, 4, lasting=1)),
+    "an easy batch first, odd ones later": lambda: evidence(
+        [0.5 if n in (0, 7, 31) else 3.0 if n % 9 == 3 else loss for n, loss in enumerate(falling(start=1.5))], evaluations=()
+    ),
     "a low jump": lambda: evidence(jumping(0.3, 4)),
     "a little of a large loss, and at rest": lambda: evidence(falling(start=3.0, end=2.8), evaluations=()),
     "validation that comes and goes": lambda: evidence(evaluations=rising(1.5, 1.11, 1.10, 1.12)),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from statistics import median
+from statistics import mean, median
 
 from finetune.reporting.doctor.evidence import Step
 
@@ -39,7 +39,7 @@ class Course:
     first: float
     """Of the first step alone: the base, whatever the rate."""
     first_error: float
-    """Standard error of the difference between three steps and the first."""
+    """Standard error of the difference between three steps and the first, odd batches counted in full: the first may be an easy one."""
     final: float
     """Over the last tenth."""
     error: float
@@ -47,7 +47,7 @@ class Course:
     noise: float
     """Standard deviation of one step around the trend, in the second half."""
     highest: float
-    """Highest level over three steps, after the first."""
+    """Highest median of three steps, after the first: one odd batch does not move it."""
     late_share: float
     """Of the fall, in the second half of the learning rate that was spent: 0.5 for a straight line, which has not begun to converge;
     near 0 where the loss had come to rest."""
@@ -73,14 +73,14 @@ def course(steps: tuple[Step, ...]) -> Course:
     start, end = max(3, round(_START * count)), max(3, round(_END * count))
     initial, final = _level(steps[:start]), _level(steps[-end:])
     early, late = _noise(losses[:half]), _noise(losses[half:])
-    levels = [_level(steps[at : at + _HUMP]) for at in range(1, count - _HUMP + 1)]
+    levels = [median(losses[at : at + _HUMP]) for at in range(1, count - _HUMP + 1)]
     middle = _half_spent(steps)
     there = _level(steps[max(0, middle - end // 2) : middle + end // 2 + 1])
     fall = initial - final
     return Course(
         initial=initial,
         first=losses[0],
-        first_error=early * math.sqrt(1 + 1 / _HUMP),
+        first_error=_spread(losses[:half]) * math.sqrt(1 + 1 / _HUMP),
         final=final,
         error=math.hypot(early / math.sqrt(start), late / math.sqrt(end)),
         noise=late,
@@ -100,6 +100,11 @@ def _noise(losses: Sequence[float]) -> float:
     differences = [later - earlier for earlier, later in pairwise(losses)]
     centre = median(differences)
     return _NORMAL * median(abs(difference - centre) for difference in differences) / math.sqrt(2)
+
+
+def _spread(losses: Sequence[float]) -> float:
+    """As `_noise`, but by squares, so that single steps far off weigh as much as they do in a level."""
+    return math.sqrt(mean((later - earlier) ** 2 for earlier, later in pairwise(losses)) / 2)
 
 
 def _half_spent(steps: Sequence[Step]) -> int:

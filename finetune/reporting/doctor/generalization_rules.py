@@ -6,7 +6,7 @@ import math
 
 from finetune.config.methods import targets_of
 from finetune.reporting.doctor import changes
-from finetune.reporting.doctor.curves import LEAST_STEPS, course
+from finetune.reporting.doctor.curves import LEAST_STEPS, NOTICEABLE, course
 from finetune.reporting.doctor.evaluated_rules import change_of
 from finetune.reporting.doctor.evidence import Evaluation, Evidence
 from finetune.reporting.doctor.findings import Finding
@@ -56,7 +56,7 @@ def _overfitting(evidence: Evidence) -> Finding | None:
         return None
     best, last, found = _best(evidence), evidence.evaluations[-1], course(evidence.steps)
     fell = found.relative_fall > _FELL
-    by_heart = fell and last.loss > _GAP * found.final
+    by_heart = fell and last.loss > max(_GAP * found.final, found.final + NOTICEABLE)
     if not by_heart and not (validation_rose(evidence) and found.fall > 0):
         return None
     measured = {
@@ -156,7 +156,7 @@ def _weak_regularization(evidence: Evidence) -> Finding | None:
     if is_unstable(evidence) or is_flat(evidence) or is_stuck(evidence):
         return None
     found = course(evidence.steps)
-    if evidence.evaluations and evidence.evaluations[-1].loss < _SMALL_GAP * found.final:
+    if evidence.evaluations and evidence.evaluations[-1].loss < max(_SMALL_GAP * found.final, found.final + NOTICEABLE):
         return None
     measured = {"training rows": rows, "times each was seen": passes, "dropout": dropout, "weight decay": config.optimizer.weight_decay}
     what = f"{rows} rows were seen {passes:.0f} times each with a dropout of {dropout:g}"

@@ -14,14 +14,14 @@ _RISE = 0.05
 """Of the initial loss: above it at the end, training did harm."""
 _HUMP = 0.2
 """Of the first loss: a level this far above it on the way means that the model was lost and learned anew."""
-_SIGMAS_OF_MANY = 4.0
-"""Standard errors for the highest of many levels: of a thousand, one has three by chance."""
 _JUMPS = 3
 """One jump may be a row, and two a coincidence."""
 _FLAT = 0.02
 """Fall of the loss, as a share of its start, that no run is made for."""
 _VALIDATION_RISE = 0.03
 """Of the lowest validation loss. The same rows are scored each time, so that chance is small; 1 % comes and goes in sound runs."""
+_LEAST_RISE = 0.02
+"""Nats: below it nothing is lost, however small the loss was."""
 _CREEP = 0.1
 """The same for a loss that still falls in a straight line: it has hardly begun."""
 _STRAIGHT = 0.4
@@ -69,7 +69,7 @@ def is_unstable(evidence: Evidence) -> bool:
     found = course(evidence.steps)
     doubt = _SIGMAS * found.error
     ended_above = found.final > found.initial + max(doubt, _RISE * found.initial, NOTICEABLE)
-    rose = found.highest > found.first + max(_SIGMAS_OF_MANY * found.first_error, _HUMP * found.first, NOTICEABLE)
+    rose = found.highest > found.first + max(_SIGMAS * found.first_error, _HUMP * found.first, NOTICEABLE)
     return ended_above or rose or found.jumps >= _JUMPS
 
 
@@ -141,7 +141,7 @@ def _flat_loss(evidence: Evidence) -> Finding | None:
 def validation_rose(evidence: Evidence) -> bool:
     """Whether validation loss rose after its lowest point."""
     losses = [one.loss for one in evidence.evaluations]
-    return bool(losses) and losses[-1] > min(losses) * (1 + _VALIDATION_RISE)
+    return bool(losses) and losses[-1] - min(losses) > max(_VALIDATION_RISE * min(losses), _LEAST_RISE)
 
 
 def _underfitting(evidence: Evidence) -> Finding | None:
