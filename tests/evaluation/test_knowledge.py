@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.config.data import Icd10cm
-from finetune.config.evaluation import KnowledgeTask
+from finetune.config.data import Data, Icd10cm
+from finetune.config.evaluation import Evaluation, KnowledgeTask
 from finetune.data.icd10cm import facts
 from finetune.data.icd10cm_questions import KINDS
 from finetune.data.render import Example, Renderer
@@ -201,3 +202,13 @@ def test_there_is_no_efficiency_where_nothing_was_surely_forgotten() -> None:
 
 def test_without_knowledge_there_are_no_conclusions() -> None:
     assert headlines({}) == ()
+
+
+def test_the_page_shows_settings_that_are_valid_and_names_every_section() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "knowledge.md").read_text(encoding="utf-8")
+    sections_of_file = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    Data.model_validate(sections_of_file["data"])
+    Evaluation.model_validate(sections_of_file["evaluation"])
+    for asked, label in knowledge.LABELS.items():
+        assert f"`{asked}`" in page
+        assert asked in ("five-shot", "open-book") or label in page
