@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: bench-plan bench-doctor browser torture bench bench-gpu bench-combine bench-startup bench-loftq help quickstart test test-fast check fix docs clean bench-data
+.PHONY: evidence bench-plan bench-doctor browser torture bench bench-gpu bench-combine bench-startup bench-loftq help quickstart test test-fast check fix docs clean bench-data
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -103,6 +103,11 @@ bench-data: $(VENV)/.quickstart ## rows a second and memory of data preparation,
 
 torture: $(VENV)/.dev ## kill a run at each of some 200 points and resume it, into docs/benchmarks/torture.json
 	$(BIN)/python tests/torture/harness.py docs/benchmarks/torture.json
+
+SCALE ?= cpu
+
+evidence: $(VENV)/.quickstart ## what each method learns and forgets, at three rates each, into docs/evidence (SCALE=gpu; goes on where it stopped)
+	$(BIN)/python -m benchmarks.evidence --scale $(SCALE)
 
 fix: $(VENV)/.dev ## format, and mend what can be mended
 	$(BIN)/ruff check --fix .

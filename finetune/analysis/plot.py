@@ -47,6 +47,27 @@ class GridPanel:
 Panel = LinePanel | GridPanel
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A point of a plane with its two intervals."""
+
+    x: float
+    y: float
+    across: tuple[float, float]
+    up: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """Named series of marks over two quantities, each joined in its order."""
+
+    across: str
+    """What is drawn from left to right, with its unit."""
+    up: str
+    series: tuple[tuple[str, tuple[Mark, ...]], ...]
+    """(name, marks)"""
+
+
 def check_plot_path(path: Path) -> None:
     """ConfigError where ``path`` is no file that `write_plot` could write."""
     if path.suffix.lower() not in (".svg", ".html"):
@@ -87,6 +108,96 @@ def svg(title: str, notes: Sequence[str], panels: Sequence[Panel]) -> str:
         drawn = _lines(panel) if isinstance(panel, LinePanel) else _grid(panel)
         parts.append(f'<g transform="translate({x},{y})"><text x="4" y="18" font-weight="600">{_text(panel.title)}</text>{drawn}</g>')
     return "\n".join((*parts, "</svg>\n"))
+
+
+_PLANE = (640, 420)
+
+
+def plane_svg(title: str, notes: Sequence[str], plane: Plane) -> str:
+    """One image of a plane with error bars, the names of its series beside it; all text is escaped. ValueError without a mark."""
+    marks = [mark for _, series in plane.series for mark in series]
+    if not marks:
+        raise ValueError("a plane without marks")
+    lows_x, highs_x = zip(*(mark.across for mark in marks), strict=True)
+    lows_y, highs_y = zip(*(mark.up for mark in marks), strict=True)
+    spans = (_span(0.0, *lows_x, *highs_x), _span(0.0, *lows_y, *highs_y))
+    top, (wide, high) = 56 + 16 * len(notes), _PLANE
+    width, height = _LEFT + wide + 180, top + high + 60
+    named = (
+        f'<g fill="{_COLOURS[n % len(_COLOURS)]}">{_shape(n, wide + 24, 12 + 18 * n)}'
+        f'<text x="{wide + 34}" y="{16 + 18 * n}">{_text(name)}</text></g>'
+        for n, (name, _) in enumerate(plane.series)
+    )
+    return "\n".join(
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" font-family="system-ui, sans-serif" '
+            f'font-size="11" fill="#1f2328"><title>{_text(title)}</title><rect width="{width}" height="{height}" fill="#ffffff"/>',
+            f'<text x="{_MARGIN}" y="28" font-size="16" font-weight="600">{_text(title)}</text>',
+            *(f'<text x="{_MARGIN}" y="{48 + 16 * number}">{_text(note)}</text>' for number, note in enumerate(notes)),
+            f'<g transform="translate({_LEFT},{top})">{_plane_axes(plane, spans)}',
+            *(_series(number, marks, spans) for number, (_, marks) in enumerate(plane.series)),
+            *named,
+            "</g></svg>\n",
+        )
+    )
+
+
+_Span = tuple[float, float]
+
+
+def _span(*values: float) -> _Span:
+    low, high = min(values), max(values)
+    room = (high - low or 1.0) * 0.04
+    return low - room, high + room
+
+
+def _on_plane(x: float, y: float, spans: tuple[_Span, _Span]) -> tuple[float, float]:
+    (left, right), (bottom, top) = spans
+    return (x - left) / (right - left) * _PLANE[0], (top - y) / (top - bottom) * _PLANE[1]
+
+
+def _plane_axes(plane: Plane, spans: tuple[_Span, _Span]) -> str:
+    """The frame, lines at zero, and five numbers along each side."""
+    wide, high = _PLANE
+    zero_x, zero_y = _on_plane(0.0, 0.0, spans)
+    parts = [
+        f'<rect width="{wide}" height="{high}" fill="none" stroke="#d0d7de"/>'
+        f'<path d="M{zero_x:.1f},0 V{high} M0,{zero_y:.1f} H{wide}" stroke="#d0d7de" stroke-dasharray="4 3"/>'
+    ]
+    for part in range(5):
+        x, y = (low + (top - low) * part / 4 for low, top in spans)
+        across, up = _on_plane(x, y, spans)
+        parts.append(
+            f'<text x="{across:.1f}" y="{high + 16}" text-anchor="middle" fill="#57606a">{x:.2f}</text>'
+            f'<text x="-6" y="{up + 4:.1f}" text-anchor="end" fill="#57606a">{y:.2f}</text>'
+        )
+    parts.append(
+        f'<text x="{wide / 2}" y="{high + 38}" text-anchor="middle">{_text(plane.across)}</text>'
+        f'<text transform="translate(-44,{high / 2}) rotate(-90)" text-anchor="middle">{_text(plane.up)}</text>'
+    )
+    return "".join(parts)
+
+
+def _series(number: int, marks: Sequence[Mark], spans: tuple[_Span, _Span]) -> str:
+    colour = _COLOURS[number % len(_COLOURS)]
+    placed = [_on_plane(mark.x, mark.y, spans) for mark in marks]
+    bars = []
+    for mark, (x, y) in zip(marks, placed, strict=True):
+        (left, _), (right, _) = (_on_plane(end, mark.y, spans) for end in mark.across)
+        (_, bottom), (_, top) = (_on_plane(mark.x, end, spans) for end in mark.up)
+        bars.append(f"M{left:.1f},{y:.1f} H{right:.1f} M{x:.1f},{bottom:.1f} V{top:.1f}")
+    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+    return (
+        f'<g fill="{colour}" stroke="{colour}"><path d="{" ".join(bars)}" stroke-opacity="0.35"/>'
+        f'<polyline points="{joined}" fill="none" stroke-dasharray="2 3"/>{"".join(_shape(number, x, y) for x, y in placed)}</g>'
+    )
+
+
+def _shape(number: int, x: float, y: float) -> str:
+    """A disc for the first series, and a square where the colours begin again."""
+    if number < len(_COLOURS):
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+    return f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
 
 
 def _legend(panels: Sequence[Panel], y: float) -> str:

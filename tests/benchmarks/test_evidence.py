@@ -1,0 +1,187 @@
+"""What is said of the evidence: from files of runs made up here, so that what must be said is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks.evidence import page, records
+from benchmarks.evidence.__main__ import write
+from benchmarks.evidence.claims import by_arm, matched, verdicts
+from benchmarks.evidence.records import FIGURES, Number, Run
+from finetune.config.sweep import Case, Planned, load_sweep
+from finetune.sweeping.table import Row, Table
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def planned() -> Planned:
+    return load_sweep(ROOT / "benchmarks" / "evidence" / "cpu.yaml")
+
+
+def _file(case: Case, changes: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    """A run's file; ``changes``: column -> (difference, half of its interval)."""
+    figures, headlines = [], []
+    for column, (value, half) in changes.items():
+        change = {"difference": value, "low": value - half, "high": value + half, "p": 0.01, "verdict": "-"}
+        name, _, measure = FIGURES[column].partition(": ")
+        if name in ("substance", "style", "extraction gap"):
+            headlines.append({"name": name, "measure": measure, "unit": "", "better": "higher", "system": "tuned", "change": change})
+        else:
+            values = {"base": 2.5, "tuned": 2.5 + value}
+            figures.append({"name": FIGURES[column], "values": values, "changes": {"tuned": change}})
+    return {
+        "name": case.run.name,
+        "arm": case.arm,
+        "settings": dict(case.settings),
+        "failure": None,
+        "machine": {"kind": "cpu", "name": "a processor", "bf16": True},
+        "versions": {"finetune": "0", "torch": "2"},
+        "training": {"tokens": 28_000, "step_seconds": 60.0, "evaluation_seconds": 30.0},
+        "systems": ["base", "tuned"],
+        "figures": figures,
+        "headlines": headlines,
+        "notes": [],
+    }
+
+
+def _keep(planned: Planned, docs: Path, numbers: Mapping[str, tuple[Mapping[str, tuple[float, float]], ...]]) -> tuple[Run, ...]:
+    """Files for the arms of ``numbers``, one a rate; what is read back for the whole sweep."""
+    folder = docs / "runs" / "cpu"
+    folder.mkdir(parents=True)
+    cases = [case for case, _ in planned.cases]
+    for arm, changes in numbers.items():
+        for case, one in zip([case for case in cases if case.arm == arm], changes, strict=True):
+            (folder / f"{case.run.name}.json").write_text(json.dumps(_file(case, one)))
+    return records.read(cases, folder)
+
+
+def _three(*pairs: tuple[float, float]) -> tuple[dict[str, tuple[float, float]], ...]:
+    """(learned, forgotten) at three rates, both to within 0.1."""
+    return tuple({"learned": (learned, 0.1), "forgotten": (forgotten, 0.1), "style": (-0.5, 0.1)} for learned, forgotten in pairs)
+
+
+def test_both_sweeps_have_every_arm_at_three_rates_of_the_same_data(planned: Planned) -> None:
+    for found in (planned, load_sweep(ROOT / "benchmarks" / "evidence" / "gpu.yaml")):
+        arms: dict[str, set[float]] = {}
+        for case, loaded in found.cases:
+            arms.setdefault(case.arm, set()).add(loaded.config.optimizer.learning_rate)
+        assert arms.keys() == page.ARMS.keys()
+        assert all(len(rates) == 3 for rates in arms.values())
+        assert [10 * rate for rate in sorted(arms["full"])] == pytest.approx(sorted(arms["lora"]))
+        same = {loaded.config.data.model_dump_json() for case, loaded in found.cases if case.arm != "shuffled"}
+        assert len(same) == len({loaded.config.train.model_dump_json() for _, loaded in found.cases}) == 1
+        assert {loaded.config.seed for _, loaded in found.cases} == {0}
+
+
+def test_differences_of_two_runs_have_the_interval_of_independent_numbers() -> None:
+    difference = Number(2.0, 1.7, 2.3).less(Number(1.0, 0.6, 1.4))
+    assert (difference.value, difference.low, difference.high) == pytest.approx((1.0, 0.5, 1.5))  # hypot(0.3, 0.4)
+    ratio = Number(2.0, 1.7, 2.3).over(Number(0.5, 0.4, 0.6)).times(0.01)
+    assert ratio.value == pytest.approx(0.04)
+    assert (ratio.high - ratio.value) / ratio.value == pytest.approx((0.15**2 + 0.2**2) ** 0.5)  # relative errors of both
+    assert (difference.sign, Number(0, -1, 1).sign, Number(-2, -3, -1).sign) == (1, 0, -1)
+
+
+def test_every_verdict_follows_from_the_numbers(planned: Planned, tmp_path: Path) -> None:
+    numbers = {
+        "lora": _three((0.5, 0.02), (1.0, 0.1), (2.0, 0.3)),
+        "lora-attention": _three((0.2, 0.0), (0.4, 0.0), (0.6, 0.1)),
+        "rslora": _three((0.5, 0.0), (1.0, 0.1), (2.1, 0.4)),
+        "dora": _three((0.1, 0.0), (0.9, 0.1), (1.0, 0.2)),
+        "full": _three((0.5, 0.4), (1.1, 0.5), (2.5, 0.9)),
+        "shuffled": _three((0.05, 0.1), (0.0, 0.1), (-0.4, 0.3)),
+    }
+    found = {one.claim: one.outcome for one in verdicts(by_arm(_keep(planned, tmp_path, numbers)))}
+    assert found["LoRA on all linear layers learns more than on attention alone"] == "held"
+    assert found["rsLoRA at a high rank learns more than LoRA at rank 16"] == "no difference seen"
+    assert found["DoRA learns more than LoRA"] == "the opposite was seen"
+    assert found["LoftQ learns more than NF4 without it"] == "not measured"
+    assert found["LoRA forgets less than full tuning that learned as much"] == "held"
+    assert found["shuffled answers teach no substance, at any rate"] == "held"
+    assert found["shuffled answers teach style: answers to facts never trained become likelier"] == "held"
+
+
+def test_shuffled_answers_that_taught_something_are_told(planned: Planned, tmp_path: Path) -> None:
+    runs = _keep(planned, tmp_path, {"shuffled": _three((0.0, 0.1), (0.3, 0.1), (0.0, 0.1))})
+    found = {one.claim: one.outcome for one in verdicts(by_arm(runs))}
+    assert found["shuffled answers teach no substance, at any rate"] == "did not hold"
+
+
+def test_only_runs_that_learned_and_learned_alike_are_matched(planned: Planned, tmp_path: Path) -> None:
+    numbers = {"lora": _three((0.01, 0.0), (1.0, 0.1), (2.0, 0.3)), "full": _three((0.01, 0.5), (1.1, 0.6), (3.0, 0.9))}
+    arms = by_arm(_keep(planned, tmp_path, numbers))
+    pair = matched(arms["lora"], arms["full"])
+    assert pair is not None
+    assert (pair.one.rate, pair.other.rate) == (3e-4, 3e-5)  # not the first rates, which differ least: nothing was learned there
+    assert pair.forgotten.value == pytest.approx(-0.5)
+    assert matched(arms["lora"][2:], arms["full"][2:]) is None
+
+
+def test_the_page_says_what_is_missing_and_names_the_file_of_every_number(planned: Planned, tmp_path: Path) -> None:
+    _keep(planned, tmp_path, {"lora": _three((0.5, 0.02), (1.234, 0.1), (0.7, 0.3))})
+    text = write(planned, tmp_path, "cpu").read_text(encoding="utf-8")
+    assert "3 of 33 runs, 28,000 tokens each" in text
+    assert "**Not all was measured**" in text
+    assert "full_learning_rate-1e-05 (not measured)" in text
+    assert "+1.23 [+1.13, +1.33]" in text
+    assert text.count("](runs/cpu/lora_learning_rate-") == 3
+    assert "| trifecta: rsLoRA r=64, LoftQ on NF4, the three rates | not measured |" in text
+    image = ElementTree.fromstring((tmp_path / page.plot_name("cpu")).read_text(encoding="utf-8"))
+    assert len(list(image.iter("{http://www.w3.org/2000/svg}circle"))) == 3 + 1  # and the name's
+
+
+def test_without_runs_the_page_holds_no_figure_and_an_old_plot_is_removed(planned: Planned, tmp_path: Path) -> None:
+    (tmp_path / page.plot_name("cpu")).write_text("old")
+    text = write(planned, tmp_path, "cpu").read_text(encoding="utf-8")
+    assert "**Not measured.**" in text
+    assert "[+" not in text.split("## Cautions")[0]
+    assert not (tmp_path / page.plot_name("cpu")).exists()
+
+
+def test_a_file_of_other_settings_is_not_taken_for_the_run(planned: Planned, tmp_path: Path) -> None:
+    case = planned.cases[0][0]
+    path = tmp_path / f"{case.run.name}.json"
+    path.write_text(json.dumps(_file(case, {"learned": (1.0, 0.1)}) | {"settings": {"tuning.rank": 3}}))
+    (run,) = records.read([case], tmp_path)
+    assert not run.numbers
+    assert "other settings" in run.why_not
+
+
+def test_a_best_rate_at_an_end_of_its_grid_is_told(planned: Planned, tmp_path: Path) -> None:
+    _keep(planned, tmp_path, {"lora": _three((0.5, 0.0), (1.0, 0.1), (2.0, 0.3)), "dora": _three((0.5, 0.0), (1.0, 0.1), (0.2, 0.3))})
+    text = write(planned, tmp_path, "cpu").read_text(encoding="utf-8")
+    assert "| lora: LoRA r=16 on all linear layers | 0.001 (an end of its grid) |" in text
+    assert "| dora: DoRA r=16 | 0.0003 |" in text
+
+
+def test_what_a_run_left_is_copied_without_names_of_this_machine_and_old_files_go(planned: Planned, tmp_path: Path) -> None:
+    (case, loaded), failed = planned.cases[0], planned.cases[1][0]
+    run = tmp_path / "run"
+    (run / "eval").mkdir(parents=True)
+    environment = {"machine": {"kind": "cpu", "name": "n", "bf16": True, "devices": 2}, "versions": {"torch": "2"}, "system": "a host"}
+    (run / "environment.json").write_text(json.dumps(environment))
+    content = _file(case, {"learned": (1.0, 0.1)})
+    (run / "eval" / "results.json").write_text(json.dumps({**content, "run": str(run), "record": {"at": str(run)}, "seconds": 4.0}))
+    here = Case(case.arm, case.settings, run)
+    rows = (
+        Row(case.run.name, case.arm, case.settings, str(run), None, {}, 70, 3.0),
+        Row(failed.run.name, failed.arm, failed.settings, str(failed.run), "training: it diverged", {}, 0, 0.0),
+    )
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "old.json").write_text("{}")
+    records.copy(Planned(planned.sweep, planned.path, tmp_path, ((here, loaded), (failed, loaded))), Table("s", (), rows), folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{row.name}.json" for row in rows)
+    kept = (folder / f"{case.run.name}.json").read_text()
+    assert str(tmp_path) not in kept
+    assert "a host" not in kept
+    first, second = records.read([case, failed], folder)
+    assert (first.numbers["learned"].value, first.tokens, first.seconds) == (1.0, 70, 7.0)
+    assert second.why_not == "training: it diverged"
