@@ -175,7 +175,7 @@ def test_training_tells_its_plan_first_and_keeps_it(finetune: Run, write_config:
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_read(finetune: Run, tmp_path: Path) -> None:
-    model = shapes(tmp_path / "huge", num_hidden_layers=8000)
+    model = shapes(tmp_path / "huge", num_hidden_layers=2, hidden_size=2**18, intermediate_size=2**20)
     config = tmp_path / "run.yaml"
     rest = {"tuning": {"method": "lora"}, "data": {"train": [{"source": str(tmp_path / "missing.jsonl")}]}, "output": str(tmp_path / "run")}
     config.write_text(json.dumps({"model": {"id": str(model)}, **rest}))
