@@ -38,8 +38,8 @@ _PAIRS = (
 _COLUMNS = ("learned", "style", "memory", "gap", "forgotten", "efficiency")
 
 CAUTIONS = f"""\
-- One small model (135M parameters), one seed, few facts and few tokens. Nothing here says what a model of 8B or 70B would do, and a rank can
-  show little of its worth in so few tokens. LoftQ's gain is known to be large at 2 or 3 bits and small at 4.
+- One small model (135M parameters), one seed, few facts and few tokens. Nothing here says what a model of 8B or 70B would do, and a rank
+  can show little of its worth in so few tokens. LoftQ's gain is known to be large at 2 or 3 bits and small at 4.
 - "No difference seen" says that the intervals are too wide to see one, not that there is none.
 - Under Adam the first update of (alpha/r)BA does not depend on the rank, and alpha/sqrt(r) multiplies it: at one rate, LoRA against rsLoRA
   compares rates. So each arm has three, and all adapters have the scale 2. Where the best is the lowest or the highest rate, a better one
@@ -115,7 +115,8 @@ def _state(runs: Sequence[Run]) -> str:
 def _meanings() -> str:
     return (
         "*learned*: by how much likelier, a token, the right title became after its own question than after those of other facts "
-        "(binding), in wordings never trained, beyond what facts never trained gained. *style*: change of the answer loss of facts never trained. "
+        "(binding), in wordings never trained, beyond what facts never trained gained. *style*: change of the answer loss of facts never "
+        "trained. "
         "*memory*: binding in trained words. *gap*: what facts also trained as questions gained beyond the others. *forgotten*: change of "
         "loss on general text. "
         f"*efficiency*: what was learned for each 0.01 forgotten; {NOTHING} where none was seen to be. Brackets: 95 % intervals."
@@ -179,7 +180,8 @@ def plot_name(scale: str) -> str:
 
 
 def _plot_text(scale: str) -> str:
-    return f"![What each run learned against what it forgot]({plot_name(scale)})\n\nRight: more learned; up: more forgotten; an arm's rates are joined."
+    image = f"![What each run learned against what it forgot]({plot_name(scale)})"
+    return f"{image}\n\nRight: more learned; up: more forgotten; an arm's rates are joined."
 
 
 def has_plot(runs: Sequence[Run]) -> bool:
