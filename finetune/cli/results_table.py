@@ -35,7 +35,12 @@ def results_table(results: Any) -> Table:
 
 
 def _label(figure: Any) -> Text:
-    return Text(f"  {figure.name.partition(': ')[2]}") + Text(f" ({figure.unit})" if figure.unit else "", style="dim")
+    return Text(f"  {figure.name.partition(': ')[2]}") + _unit(figure.unit)
+
+
+def _unit(unit: str) -> Text:
+    """The unit in brackets; a share needs none, and room is short."""
+    return Text(f" ({unit})" if unit and unit != "share" else "", style="dim")
 
 
 def _cells(figure: Any, systems: Sequence[str], *, pair: bool) -> list[Text]:
@@ -79,6 +84,6 @@ def _add_headlines(table: Table, results: Any) -> None:
         table.add_row(Text(f"what {system} learned", style="bold"))
         for one in members:
             change, word = _said(one.change)
-            label = Text(f"  {one.name}, {one.measure}") + Text(f" ({one.unit})", style="dim")
+            label = Text(f"  {one.name}, {one.measure}") + _unit(one.unit)
             blank = [Text("")] * (len(results.systems) - (0 if len(results.systems) == 2 else 1))
             table.add_row(label, *blank, change, *([word] if len(results.systems) == 2 else []))
