@@ -27,7 +27,7 @@ _JUMP_SHARE = 0.2
 NOTICEABLE = 0.1
 """Nats a token: a rise below it costs nothing, however small the loss was before."""
 _HUMP = 3
-"""Steps of a rise: a rate that is too high loses the model within them, one odd batch does not fill them."""
+"""Least steps of a rise, a twentieth of all where that is more: one odd batch does not fill them, and what is over sooner does no harm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Course:
     first: float
     """Of the first step alone: the base, whatever the rate."""
     first_error: float
-    """Standard error of the difference between three steps and the first, odd batches counted in full: the first may be an easy one."""
+    """Standard error of the difference between such a level and the first step, odd batches in full: the first may be an easy one."""
     final: float
     """Over the last tenth."""
     error: float
@@ -47,7 +47,7 @@ class Course:
     noise: float
     """Standard deviation of one step around the trend, in the second half."""
     highest: float
-    """Highest median of three steps, after the first: one odd batch does not move it."""
+    """Highest median of a twentieth of the steps (three at least), after the first: one odd batch does not move it."""
     late_share: float
     """Of the fall, in the second half of the learning rate that was spent: 0.5 for a straight line, which has not begun to converge;
     near 0 where the loss had come to rest."""
@@ -73,14 +73,15 @@ def course(steps: tuple[Step, ...]) -> Course:
     start, end = max(3, round(_START * count)), max(3, round(_END * count))
     initial, final = _level(steps[:start]), _level(steps[-end:])
     early, late = _noise(losses[:half]), _noise(losses[half:])
-    levels = [median(losses[at : at + _HUMP]) for at in range(1, count - _HUMP + 1)]
+    width = max(_HUMP, start)
+    levels = [median(losses[at : at + width]) for at in range(1, count - width + 1)]
     middle = _half_spent(steps)
     there = _level(steps[max(0, middle - end // 2) : middle + end // 2 + 1])
     fall = initial - final
     return Course(
         initial=initial,
         first=losses[0],
-        first_error=_spread(losses[:half]) * math.sqrt(1 + 1 / _HUMP),
+        first_error=_spread(losses[:half]) * math.sqrt(1 + 1 / width),
         final=final,
         error=math.hypot(early / math.sqrt(start), late / math.sqrt(end)),
         noise=late,

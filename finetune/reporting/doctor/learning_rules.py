@@ -148,7 +148,7 @@ def _underfitting(evidence: Evidence) -> Finding | None:
     found, config = course(evidence.steps), evidence.config
     if is_unstable(evidence) or is_flat(evidence) or validation_rose(evidence):  # more steps would make that worse
         return None
-    if found.fall < _SIGMAS * found.error or found.late_share < _STRAIGHT:
+    if found.fall < max(_SIGMAS * found.error, NOTICEABLE) or found.late_share < _STRAIGHT:
         return None
     measured = {"initial loss": found.initial, "final loss": found.final, "share of the fall in the later half": found.late_share}
     what = f"the loss was still falling as fast as before when the run ended at {found.final:.3f}"
