@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from finetune.analysis.plot import GridPanel, Line, LinePanel, svg, write_plot
+from finetune.analysis.plot import GridPanel, Line, LinePanel, Mark, Plane, plane_svg, svg, write_plot
 from finetune.errors import ConfigError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -81,3 +81,21 @@ def test_paths_that_cannot_be_plots_are_refused(tmp_path: Path, name: str, what:
     with pytest.raises(ConfigError, match=what):
         write_plot(tmp_path / name, "t", [], [])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plane_has_its_marks_within_their_bars_and_text_stays_text() -> None:
+    marks = (Mark(1.0, 0.2, (0.5, 1.5), (0.1, 0.3)), Mark(2.0, 0.4, (1.8, 2.2), (0.1, 0.7)))
+    names = [HOSTILE, *(f"arm {number}" for number in range(10))]  # more than there are colours
+    image = plane_svg(HOSTILE, [HOSTILE], Plane(HOSTILE, HOSTILE, tuple((name, marks) for name in names)))
+    assert not elements(image, "script")
+    discs, first = elements(image, "circle"), elements(image, "path")[1].attrib["d"]
+    x, y = (float(discs[0].attrib[key]) for key in ("cx", "cy"))
+    left, right = map(float, re.findall(r"M([\d.]+),[\d.]+ H([\d.]+)", first)[0])
+    bottom, top = map(float, re.findall(r"M[\d.]+,([\d.]+) V([\d.]+)", first)[0])
+    assert 0 <= left < x < right <= 640
+    assert 0 <= top < y < bottom <= 420  # up is less in SVG
+    assert x == pytest.approx((left + right) / 2, abs=0.1)
+    assert float(discs[1].attrib["cx"]) > x
+    assert len(elements(image, "rect")) == 2 + 3 * 3  # ground, frame, and three series that are squares
+    with pytest.raises(ValueError, match="without marks"):
+        plane_svg("t", [], Plane("a", "b", (("empty", ()),)))
