@@ -67,7 +67,7 @@ def is_unstable(evidence: Evidence) -> bool:
     if len(evidence.steps) < LEAST_STEPS:
         return False
     found = course(evidence.steps)
-    doubt = _SIGMAS * found.error
+    doubt = _SIGMAS * found.noise  # of the later half: a rate that is too high makes the noise of the earlier one
     ended_above = found.final > found.initial + max(doubt, _RISE * found.initial, NOTICEABLE)
     rose = found.highest > found.first + max(_SIGMAS * found.first_error, _HUMP * found.first, NOTICEABLE)
     return ended_above or rose or found.jumps >= _JUMPS
