@@ -42,8 +42,8 @@ CAUTIONS = f"""\
   can show little of its worth in so few tokens. LoftQ's gain is known to be large at 2 or 3 bits and small at 4.
 - "No difference seen" says that the intervals are too wide to see one, not that there is none.
 - Under Adam the first update of (alpha/r)BA does not depend on the rank, and alpha/sqrt(r) multiplies it: at one rate, LoRA against rsLoRA
-  compares rates. So each arm has three, and all adapters have the scale 2. Where the best is the lowest or the highest rate, a better one
-  may lie beyond.
+  compares rates. So each arm has three, which span the same range of rank x scale x rate. Where the best is the lowest or the
+  highest rate, a better one may lie beyond.
 - The best of three rates is chosen by the figure that is then shown, which favours every arm a little, and noisy ones most.
 - "Forgets less" is only said of two runs that learned alike (within {MATCHED:.0%}), never of arms each at some rate.
 - Two runs are compared as if on different facts, though they had the same: differences smaller than these intervals may be real. Of the
