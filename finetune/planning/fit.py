@@ -90,7 +90,7 @@ def smallest_change(shape: ModelShape, config: Config, setting: Setting, device:
         memory = needed(changed, decided)
         if fits(memory, device.usable_bytes) and not check(changed):
             return Change(
-                overrides=tuple(override for way in ways for override in way.overrides),
+                overrides=(*(override for way in ways for override in way.overrides), *_stated_tokens(config, setting, decided)),
                 devices=decided.world,
                 memory=memory,
                 costs=tuple(way.cost for way in ways if way.cost),
@@ -121,6 +121,13 @@ def _tokens(setting: Setting, longest: int) -> Iterator[_Option]:
         yield _Option(
             weight, f"micro-batches of {tokens} tokens: the same result, slower", (f"train.tokens_per_device={tokens}",), {"tokens": tokens}
         )
+
+
+def _stated_tokens(config: Config, setting: Setting, decided: Setting) -> tuple[str, ...]:
+    """The size of the micro-batch where `auto` would take another one: it is measured on one device, and a rule once the base is spread."""
+    spread = setting.kind == "cuda" and decided.strategy != setting.strategy
+    left_open = config.train.tokens_per_device == "auto" and decided.tokens == setting.tokens  # else `_tokens` states it
+    return (f"train.tokens_per_device={decided.tokens}",) if spread and left_open else ()
 
 
 def _checkpointing(config: Config, setting: Setting) -> Iterator[_Option]:

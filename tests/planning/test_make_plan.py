@@ -186,6 +186,22 @@ def test_what_cannot_fit_is_refused_with_options_that_help(tmp_path: Path) -> No
     assert make_plan(changed, machine_of_size(80, plan.change.devices), None, crowd=crowd).here.fits
 
 
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_spreading_the_base_states_the_micro_batch_that_was_measured_before(strategy: str, tmp_path: Path) -> None:
+    """Over several devices `auto` is 8192 tokens by rule, which may be more than what the change was found to hold."""
+    model, quantization = "meta-llama/Llama-2-70b-hf", {"method": "fp4"}
+    others = (f"distributed.strategy={strategy}", "tuning.dropout=0.1")
+    plan = make_plan(config_of(tmp_path, *others, model=model, quantization=quantization), machine_of_size(24), PREPARED)
+    assert plan.change is not None
+    overrides = plan.change.overrides
+    assert overrides == ("distributed.strategy=fsdp", f"train.tokens_per_device={PREPARED.longest}")
+    spread = config_of(tmp_path, *overrides, *others[1:], model=model, quantization=quantization)
+    crowd = Crowd(world=plan.change.devices, on_this_machine=plan.change.devices)
+    again = make_plan(spread, machine_of_size(24, plan.change.devices), PREPARED, crowd=crowd)
+    assert again.here.fits
+    assert again.here.memory.parts == plan.change.memory.parts
+
+
 def test_what_nothing_helps_is_refused_with_another_device_as_the_fix(tmp_path: Path) -> None:
     config = config_of(tmp_path, model="meta-llama/Meta-Llama-3-70B")
     little = Machine("cuda", "a small GPU", 1, 2 * 2**30, bf16=True)
