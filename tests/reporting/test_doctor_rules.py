@@ -15,7 +15,7 @@ import pytest
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.data.report import DataReport, SideReport, SourceReport
-from finetune.reporting.doctor import RULES, Diagnosis, Drift, Evidence, Module, diagnose
+from finetune.reporting.doctor import RULES, Diagnosis, Drift, Evidence, Module, changes, diagnose
 from finetune.reporting.doctor.evidence import Device, Evaluation, Group, Loss, Step
 
 GIB = 2**30
@@ -306,6 +306,37 @@ def test_more_rank_keeps_the_scale(tmp_path: Path) -> None:
         power = 0.5 if scaling == "rslora" else 1.0
         assert after.rank == 16  # type: ignore[union-attr]
         assert after.alpha / after.rank**power == pytest.approx(before.alpha / before.rank**power, rel=0.01)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("curve", "train", "expected"),
+    [
+        ("underfitting", {"max_steps": 100, "epochs": 4}, ("train.max_steps=200", "train.epochs=8")),
+        ("underfitting", {"max_steps": 100, "epochs": 40}, ("train.max_steps=200",)),
+        ("underfitting", {"epochs": 4}, ("train.epochs=8",)),
+        ("overfitting", {"max_steps": 100, "epochs": 40}, ("train.max_steps=30",)),
+        ("overfitting", {"epochs": 4}, ("train.epochs=2",)),
+    ],
+)
+def test_a_run_that_is_counted_in_steps_is_lengthened_and_shortened_in_steps(
+    curve: str, train: dict[str, int], expected: tuple[str, ...]
+) -> None:
+    """In passes over much data, sixty steps more would be thousands."""
+    config = settings(train={"batch_size": 16, **train})
+    straight = evidence([3.0 - 0.02 * n for n in range(100)], config, evaluations=())
+    rose = evidence(config=config, evaluations=(Evaluation(30, 1.2), Evaluation(60, 1.5), Evaluation(100, 1.9)))
+    (finding,) = diagnose(straight if curve == "underfitting" else rose).findings
+    assert finding.rule == curve
+    assert tuple(override for override in finding.overrides if "max_steps" in override or "epochs" in override) == expected
+
+
+@pytest.mark.parametrize("name", ["7", "layers[.]1", "q_proj|k_proj", "(?=.*attn).*", '.*"x"?.*'])
+def test_a_group_is_named_as_an_override_can_or_not_at_all(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(settings(optimizer={"groups": {name: {"learning_rate": 1e-4}}})))
+    overrides = changes.rate(load_config(path).config, 0.1)
+    after = load_config(path, overrides).config.optimizer.groups[name].learning_rate
+    assert after == pytest.approx(1e-4 if "=" in name or '"' in name else 1e-5)
 
 
 def test_rules_without_evidence_say_what_they_lack() -> None:

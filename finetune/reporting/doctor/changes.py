@@ -32,9 +32,10 @@ def rate(config: Config, factor: float) -> Overrides:
 
 def group_path(name: str) -> str | None:
     """The dotted path of an entry of `optimizer.groups`; None for a pattern that an override cannot name."""
-    if '"' in name:
+    if '"' in name or "=" in name:  # a value begins at the first `=`, also of a lookahead
         return None
-    return f'optimizer.groups."{name}"' if any(character in name for character in ". \\") else f"optimizer.groups.{name}"
+    quoted = name.isdecimal() or any(character in name for character in ". \\")
+    return f'optimizer.groups."{name}"' if quoted else f"optimizer.groups.{name}"
 
 
 def warm_up(config: Config) -> Overrides:
@@ -74,10 +75,15 @@ def regularization(config: Config) -> Overrides:
     return tuple(found)
 
 
-def epochs(config: Config, count: int) -> Overrides:
-    """``count`` passes over the data, without the limit that `train.max_steps` may set."""
-    limit = () if config.train.max_steps is None else ("train.max_steps=null",)
-    return (f"train.epochs={count}", *limit)
+def length(config: Config, steps: int, per_epoch: int) -> Overrides:
+    """A run of about ``steps``: in whole passes over the data, or in steps where `train.max_steps` counts them."""
+    passes = max(1, -(-steps // per_epoch))
+    if config.train.max_steps is None:
+        return (f"train.epochs={passes}",)
+    room = (f"train.epochs={passes}",) if passes > config.train.epochs else ()
+    warmup = config.schedule.warmup_steps
+    warm = (f"schedule.warmup_steps={steps // 10}",) if warmup is not None and warmup >= steps else ()
+    return (f"train.max_steps={steps}", *room, *warm)
 
 
 def more_rows(config: Config, source: str) -> Overrides:

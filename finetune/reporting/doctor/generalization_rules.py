@@ -10,7 +10,7 @@ from finetune.reporting.doctor.curves import LEAST_STEPS, NOTICEABLE, course
 from finetune.reporting.doctor.evaluated_rules import change_of
 from finetune.reporting.doctor.evidence import Evaluation, Evidence
 from finetune.reporting.doctor.findings import Finding
-from finetune.reporting.doctor.learning_rules import is_flat, is_unstable, lacks_curve, validation_rose
+from finetune.reporting.doctor.learning_rules import is_flat, is_unstable, lacks_curve, per_epoch, validation_rose
 from finetune.reporting.doctor.rule import Rule
 
 _GAP = 3.0
@@ -77,10 +77,10 @@ def _overfitting(evidence: Evidence) -> Finding | None:
 
 
 def _against_overfitting(evidence: Evidence, best: Evaluation) -> changes.Overrides:
-    config = evidence.config
-    per_epoch = max(1, -(-evidence.data.train.examples // config.train.batch_size))
-    passes = max(1, math.ceil(best.step / per_epoch))
-    shorter = changes.epochs(config, passes) if passes < config.train.epochs else ()
+    config, passed = evidence.config, best.step
+    if config.train.max_steps is None:  # a run is counted in whole passes
+        passed = math.ceil(best.step / per_epoch(evidence)) * per_epoch(evidence)
+    shorter = changes.length(config, passed, per_epoch(evidence)) if 0 < passed < evidence.planned_steps else ()
     stop = ("train.early_stopping={patience: 2}",) if config.train.early_stopping is None else ()
     return changes.joined(shorter, changes.regularization(config), stop)
 

@@ -153,11 +153,12 @@ def _underfitting(evidence: Evidence) -> Finding | None:
     measured = {"initial loss": found.initial, "final loss": found.final, "share of the fall in the later half": found.late_share}
     what = f"the loss was still falling as fast as before when the run ended at {found.final:.3f}"
     reason = "measured by the learning rate that was spent, the later half brought as much as the earlier one: more steps will bring more"
-    done = config.train.epochs if config.train.max_steps is None else max(1, -(-len(evidence.steps) // _per_epoch(evidence)))
-    return Finding("underfitting", "advice", what, measured, reason, changes.epochs(config, 2 * done))
+    steps = config.train.epochs * per_epoch(evidence) if config.train.max_steps is None else evidence.steps[-1].step
+    return Finding("underfitting", "advice", what, measured, reason, changes.length(config, 2 * steps, per_epoch(evidence)))
 
 
-def _per_epoch(evidence: Evidence) -> int:
+def per_epoch(evidence: Evidence) -> int:
+    """Steps of a pass over the data."""
     return max(1, -(-evidence.data.train.examples // evidence.config.train.batch_size))
 
 
