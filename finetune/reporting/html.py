@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -102,7 +103,7 @@ def render(records: Sequence[Record]) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, loader=FunctionLoader(_asset), trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"moment": moment, "setting": setting}
+    environment.filters |= {"moment": moment, "setting": setting, "quoted": lambda text: shlex.quote(str(text))}
     return environment.get_template("report.html.j2").render(
         title=_title(records),
         version=__version__,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import re
+import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -113,6 +115,22 @@ def test_every_part_of_a_run_is_shown(make_run: Make) -> None:
         "ended by: the loss is not finite",
     ):
         assert shown in text, shown
+
+
+def test_commands_of_the_page_are_taken_by_a_shell_as_they_stand(make_run: Make) -> None:
+    run = make_run("a run")
+    overrides = ["train.early_stopping={patience: 2}", 'data.train=[{"source": "/data/a b.jsonl"}]']
+    diagnosis = json.loads((run.path / "doctor.json").read_text())
+    diagnosis["findings"][0]["overrides"] = overrides
+    (run.path / "doctor.json").write_text(json.dumps(diagnosis))
+    (run.evaluations / "results.json").unlink()
+    shown = html.unescape(write_report([run]).read_text())
+    options = re.search(r'<pre class="text">(-o .*?)</pre>', shown)
+    command = re.search(r"<code>(finetune eval .*?)</code>", shown)
+    assert options
+    assert command
+    assert shlex.split(options[1]) == ["-o", overrides[0], "-o", overrides[1]]
+    assert shlex.split(command[1]) == ["finetune", "eval", str(run.path)]
 
 
 def test_the_curves_hold_the_rows_as_they_are(make_run: Make) -> None:

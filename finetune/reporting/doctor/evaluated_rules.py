@@ -40,7 +40,7 @@ def _lacks_general(evidence: Evidence) -> str | None:
     if isinstance(evidence.figures, str):
         return evidence.figures
     if figure_of(evidence, _GENERAL_TEXT) is None and figure_of(evidence, _GENERAL_QUESTIONS) is None:
-        return f"general text was not measured: finetune eval {evidence.run} -o evaluation.tasks=[{{task: forgetting}}]"
+        return f"general text was not measured: finetune eval {evidence.run} -o 'evaluation.tasks=[{{task: forgetting}}]'"
     return None
 
 
