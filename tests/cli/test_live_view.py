@@ -319,6 +319,18 @@ def test_a_terminal_gets_the_panel_once(write_config: Callable[..., Path], monke
     assert "Resuming" not in text
 
 
+def test_each_sample_has_its_turn_whatever_the_steps_are_multiples_of() -> None:
+    figures = Figures(lambda: 0.0)
+    figures.start(400, 0, 0)
+    found = [{"prompt": name, "text": "x"} for name in ("a", "b")]
+    shown = []
+    for step in (100, 200, 300):
+        figures.sampled(step, found)
+        assert figures.sample is not None
+        shown.append(figures.sample[:2])
+    assert shown == [(100, "a"), (200, "b"), (300, "a")]
+
+
 def test_a_resumed_run_says_from_where(write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     follow(write_config(), Console(file=stream, width=80), monkeypatch, done=30)

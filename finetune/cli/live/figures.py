@@ -39,6 +39,7 @@ class Figures:
         """Memory of the device; 0 where it is not known."""
         self.sample: tuple[int, str, str] | None = None
         """(step, prompt, answer) of the last sample."""
+        self._sampled = 0
         self.clipped = 0
         """Steps whose gradient was longer than `max_norm`."""
         self.counted = 0
@@ -82,8 +83,9 @@ class Figures:
         """Answers after ``step``; one is shown, another each time."""
         chosen = list(samples)
         if chosen:
-            sample = chosen[step % len(chosen)]
+            sample = chosen[self._sampled % len(chosen)]
             self.sample = (step, sample["prompt"], sample["text"])
+            self._sampled += 1  # not the step: those are often multiples of how many there are
 
     @property
     def speed(self) -> float | None:
