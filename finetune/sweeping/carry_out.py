@@ -25,7 +25,7 @@ from finetune.runs import RunDirectory
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _SHARED_FAULTS = (2, 3)
-"""Exit codes of a wrong configuration or wrong data, which the next run would have too."""
+"""Exit codes of a wrong configuration or wrong data: where the first run has one, the next would have it too."""
 _MEANINGS = {
     1: "a bug",
     2: "the configuration is wrong",
@@ -109,7 +109,7 @@ def _one(planned: Planned, case: Case, told: Callable[[Doing], None], command: C
         told("training")
         begun = ["--resume"] if run.environment.is_file() else []
         code = command(["train", str(planned.path), *(part for each in case.overrides for part in ("-o", each)), *begun])
-        if code in _SHARED_FAULTS:
+        if code in _SHARED_FAULTS and case == planned.cases[0][0]:
             raise ConfigError(f"run {case.run.name} could not begin: {_meaning(code)}, as told above", where=str(planned.path))
         if code:
             return f"training: {_meaning(code)}"

@@ -135,6 +135,13 @@ def test_wrong_data_end_the_sweep_at_its_first_run(planned: Callable[..., Planne
     assert len(commands.seen) == 1
 
 
+def test_data_that_are_wrong_for_one_value_do_not_end_the_others(planned: Callable[..., Planned]) -> None:
+    """Such as a `data.max_tokens` that is too small for a row: what the first run could read, it alone cannot."""
+    plan = planned()
+    table = write_table(plan, carry_out(plan, command=Commands(dict.fromkeys(RATES, 1.0), {0.02: 3})))
+    assert [row.failure for row in table.rows] == [None, "training: the data are wrong", None]
+
+
 def test_a_directory_with_another_run_is_left_alone(planned: Callable[..., Planned]) -> None:
     plan, commands = planned(), Commands(dict.fromkeys(RATES, 1.0))
     carry_out(plan, command=commands)
