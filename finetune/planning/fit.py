@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,16 @@ from finetune.planning.shapes import ModelShape
 
 _LEAST_RANK = 4
 _MOST_DEVICES = 8
+# What ways cost, where halving the micro-batch costs 1: what takes time alone comes to 18 at most, and goes before all else.
+_CHECKPOINTING, _NARROW_STATES = 2.5, 3.5
+_RANK, _NARROW_BASE = 20.0, 25.0
+_DEVICES, _OFFLOAD = 75.0, 12.5
+_NARROW_TRAINED = 1000.0
+"""More than all others together."""
+
+MARGIN = 0.02
+"""Share of a device that a proposal leaves free: half a GiB of 24, about what a display or another process takes there. Whoever follows a
+proposal should not meet a tie. Assumed, not measured."""
 _SMALLER_STATES = {
     "adamw": "paged-adamw-8bit",
     "paged-adamw-32bit": "paged-adamw-8bit",
@@ -67,12 +78,18 @@ def fits(memory: Memory, usable_bytes: int) -> bool:
     return memory.firm <= usable_bytes
 
 
+def fits_with_room(memory: Memory, usable_bytes: int) -> bool:
+    """Whether ``memory`` leaves the part of a device free that anything proposed has to leave."""
+    return fits(memory, math.floor((1 - MARGIN) * usable_bytes))
+
+
 def smallest_change(shape: ModelShape, config: Config, setting: Setting, device: Device, longest: int) -> Change | None:
     """The change of least cost to the user after which ``config`` fits on ``device``; None where none does, or it fits already.
 
     ``longest`` is the longest example in tokens, which a micro-batch must hold. The order of costs: smaller micro-batches, checkpointing
-    and states of 8 bits take time alone; a smaller rank learns less; a 4-bit base blurs what is known; more devices cost money. Ways that
-    the checks of a configuration refuse are left out.
+    and states of 8 bits take time alone; a smaller rank learns less; a 4-bit base blurs what is known; more devices cost money; trained
+    weights in bf16 lose what is learned, and come where nothing else helps. Ways that the checks of a configuration refuse are left out,
+    and so are those that fit with less than `MARGIN` to spare.
     """
     counted: dict[str, Parameters] = {}
 
@@ -88,7 +105,7 @@ def smallest_change(shape: ModelShape, config: Config, setting: Setting, device:
         changed = config.model_copy(update={name: value for way in ways for name, value in way.sections.items()})
         decided = replace(setting, **{name: value for way in ways for name, value in way.setting.items()})
         memory = needed(changed, decided)
-        if fits(memory, device.usable_bytes) and not check(changed):
+        if fits_with_room(memory, device.usable_bytes) and not check(changed):
             return Change(
                 overrides=(*(override for way in ways for override in way.overrides), *_stated_tokens(config, setting, decided)),
                 devices=decided.world,
@@ -133,14 +150,14 @@ def _stated_tokens(config: Config, setting: Setting, decided: Setting) -> tuple[
 def _checkpointing(config: Config, setting: Setting) -> Iterator[_Option]:
     if not setting.checkpointing and not isinstance(config.tuning, Prefix):
         cost = "activations are computed again: the same result, a third slower"
-        yield _Option(2.5, cost, ("train.gradient_checkpointing=true",), {"checkpointing": True})
+        yield _Option(_CHECKPOINTING, cost, ("train.gradient_checkpointing=true",), {"checkpointing": True})
 
 
 def _optimizers(setting: Setting) -> Iterator[_Option]:
     smaller = _SMALLER_STATES.get(setting.optimizer)
     if smaller is not None and setting.kind == "cuda":
         cost = f"{smaller}: states rounded to 8 bits"
-        yield _Option(3.5, cost, (f"optimizer.method={smaller}",), {"optimizer": smaller})
+        yield _Option(_NARROW_STATES, cost, (f"optimizer.method={smaller}",), {"optimizer": smaller})
 
 
 def _ranks(config: Config) -> Iterator[_Option]:
@@ -150,7 +167,7 @@ def _ranks(config: Config) -> Iterator[_Option]:
         return
     rank = tuning.rank
     while rank > _LEAST_RANK:
-        rank, weight = max(_LEAST_RANK, rank // 2), weight + 8
+        rank, weight = max(_LEAST_RANK, rank // 2), weight + _RANK
         alpha = round(tuning.alpha * rank / tuning.rank, 3)
         yield _Option(
             weight,
@@ -163,27 +180,27 @@ def _ranks(config: Config) -> Iterator[_Option]:
 def _types(config: Config) -> Iterator[_Option]:
     if config.train.trainable_dtype == "fp32" and config.optimizer.method != "galore":
         cost = "trained weights in bf16: small updates are rounded away"
-        yield _Option(
-            7, cost, ("train.trainable_dtype=bf16",), sections={"train": config.train.model_copy(update={"trainable_dtype": "bf16"})}
-        )
+        narrow = config.train.model_copy(update={"trainable_dtype": "bf16"})
+        yield _Option(_NARROW_TRAINED, cost, ("train.trainable_dtype=bf16",), sections={"train": narrow})
 
 
 def _bases(config: Config) -> Iterator[_Option]:
     if config.quantization.method != "nf4" and "nf4" in facts(config.tuning).quantized:
         cost = "a 4-bit base: a relative weight error of 0.09, which LoftQ halves"
         wider = isinstance(config.quantization, NoQuantization)
-        yield _Option(10 if wider else 9, cost, ("quantization.method=nf4",), sections={"quantization": FourBit(method="nf4")})
+        weight = _NARROW_BASE if wider else 0.9 * _NARROW_BASE
+        yield _Option(weight, cost, ("quantization.method=nf4",), sections={"quantization": FourBit(method="nf4")})
 
 
 def _devices(config: Config, setting: Setting, device: Device) -> Iterator[_Option]:
     """Weights spread over more devices; copies of the model on each would not help."""
     count, weight = setting.world, 0.0
     while 2 * count <= device.most:
-        count, weight = 2 * count, weight + 30
+        count, weight = 2 * count, weight + _DEVICES
         for offload in (False, True) if setting.kind == "cuda" else (False,):
             spread = config.distributed.model_copy(update={"strategy": "fsdp", "offload": offload})
             yield _Option(
-                weight + 5 * offload,
+                weight + _OFFLOAD * offload,
                 f"{count} devices, the base spread over them" + (" and kept in host memory: slow" if offload else ""),
                 ("distributed.strategy=fsdp", *(("distributed.offload=true",) if offload else ())),
                 {"world": count, "strategy": "fsdp"},

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 USABLE = 0.98
 """Of a GPU's memory; the driver keeps the rest (an 80 GB H100 offers 79.1 GiB, an H200 139.8)."""
 
+_SAME = frozenset({"NVIDIA", "GeForce", "80GB", "SXM4", "SXM5", "HBM3", "HBM3e"})
+"""Words that a driver adds to the name of a listed board. With any other (`Ti`, `D`, `Laptop`, `NVL`, `MIG`) it is another one, of another
+rate. A PCIe board too is one of its own, but for the A100, whose chip has the same rate there."""
+_ALSO = {"A100": frozenset({"PCIe", "PCIE"})}
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -45,6 +50,18 @@ GPUS = (
 
 BY_SIZE = {24: "RTX 4090", 32: "RTX 5090", 40: "A100 40GB", 48: "RTX A6000", 80: "H100", 141: "H200", 180: "B200"}
 """The GPU that is meant by a number of gigabytes."""
+
+
+def called(name: str) -> Gpu | None:
+    """The listed GPU that a driver calls ``name``, such as `NVIDIA H100 80GB HBM3`; None for a board that is not listed."""
+    words = set(name.replace("-", " ").split())
+    fitting = [gpu for gpu in GPUS if _is_one(set(gpu.name.split()), words)]
+    return max(fitting, key=lambda gpu: len(gpu.name), default=None)
+
+
+def _is_one(listed: set[str], words: set[str]) -> bool:
+    family = next((also for word, also in _ALSO.items() if word in listed), frozenset())
+    return listed <= words <= listed | _SAME | family
 
 
 def gpu_of(name: str) -> Gpu:

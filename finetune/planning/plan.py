@@ -13,7 +13,7 @@ from finetune.config.schema import Config
 from finetune.errors import HardwareError
 from finetune.hardware import Machine
 from finetune.planning.fit import Change, Device, smallest_change
-from finetune.planning.gpus import GPUS, Gpu
+from finetune.planning.gpus import GPUS, Gpu, called
 from finetune.planning.length import DataCounts, Length, length_of
 from finetune.planning.parameters import Parameters, count_parameters
 from finetune.planning.placement import Placement, Subject, machine_of, place
@@ -100,7 +100,7 @@ def make_plan(
     elsewhere = replace(subject, resolved=None)
     length = length_of(config, data) if data else None
     here = place(subject, machine)
-    listed = _named(machine.name)
+    listed = called(machine.name)
     if speed is None and listed is not None:
         speed = _estimated(subject, here, listed, length)
     candidates = tuple(_candidate_of(elsewhere, gpu, length) for gpu in GPUS)
@@ -138,7 +138,11 @@ def fix_of(change: Change | None, placement: Placement) -> str:
         bigger = next((gpu.name for gpu in GPUS if gpu.usable_bytes > max(placement.needs, placement.machine.memory_bytes)), None)
         device = f"a larger device, such as {bigger} (finetune plan says which)" if bigger else "several large devices"
         return f"no setting makes it fit there: use {device}, or a smaller model"
-    return f"{options_of(change, placement)} (then {_gib(change.memory.total * placement.copies)} of a device)"
+    memory = change.memory
+    needs = memory.total * placement.copies
+    tight = memory.spillable and needs > placement.machine.memory_bytes
+    spills = f", of which {_gib(memory.spillable)} may spill to host memory" if tight else ""
+    return f"{options_of(change, placement)} (then {_gib(needs)} of a device{spills})"
 
 
 def options_of(change: Change, placement: Placement) -> str:
@@ -150,13 +154,6 @@ def options_of(change: Change, placement: Placement) -> str:
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------------------------
-
-
-def _named(name: str) -> Gpu | None:
-    """The listed GPU that a driver calls ``name``, such as `NVIDIA H100 80GB HBM3`; the longest name that fits. Laptops have others."""
-    words = name.replace("-", " ").split()
-    fitting = [gpu for gpu in GPUS if set(gpu.name.split()) <= set(words) and "Laptop" not in words]
-    return max(fitting, key=lambda gpu: len(gpu.name), default=None)
 
 
 def _estimated(subject: Subject, placement: Placement, gpu: Gpu, length: Length | None) -> Speed:

@@ -12,7 +12,7 @@ import pytest
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.hardware import Machine
-from finetune.planning.fit import Change, Device, fits, smallest_change
+from finetune.planning.fit import MARGIN, Change, Device, fits, fits_with_room, smallest_change
 from finetune.planning.gpus import BY_SIZE, GPUS, gpu_of
 from finetune.planning.memory import Memory, Setting, estimate_memory, setting_of
 from finetune.planning.parameters import count_parameters
@@ -96,10 +96,40 @@ def test_the_command_line_takes_the_change_and_each_part_is_needed(gib: float, m
         return needed(changed, decided(changed, world=change.devices, strategy=strategy))
 
     assert memory_with(change.overrides).parts == change.memory.parts
-    assert fits(change.memory, int(gib * GIB))
+    assert fits_with_room(change.memory, int(gib * GIB))
     for left_out in change.overrides:
         if not left_out.startswith(("tuning.alpha", "distributed.strategy")):  # which go with another
-            assert not fits(memory_with(tuple(other for other in change.overrides if other != left_out)), int(gib * GIB))
+            assert not fits_with_room(memory_with(tuple(other for other in change.overrides if other != left_out)), int(gib * GIB))
+
+
+def test_what_is_proposed_leaves_room(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path)).config
+    halved = needed(config, decided(config, tokens=4096)).total
+    close, roomy = change_for(config, halved * (1 + 0.5 * MARGIN) / GIB), change_for(config, halved * (1 + 1.5 * MARGIN) / GIB)
+    assert roomy is not None
+    assert close is not None
+    assert roomy.overrides == ("train.tokens_per_device=4096",)
+    assert close.overrides != roomy.overrides
+
+
+def test_trained_weights_in_bf16_come_last(tmp_path: Path) -> None:
+    """What takes time alone, a smaller rank, a 4-bit base and more devices are all tried before."""
+    path = write(tmp_path, tuning={"rank": 256, "alpha": 256}, data={"max_tokens": 8192})
+    config = load_config(path).config
+    sizes = {gib: change_for(config, gib, most=2) for gib in range(6, 40)}
+    narrow = {gib for gib, change in sizes.items() if change and "train.trainable_dtype=bf16" in change.overrides}
+    others = {gib for gib, change in sizes.items() if change} - narrow
+    assert others
+    assert narrow
+    assert max(narrow, default=0) < min(others)
+
+
+def test_what_takes_time_alone_comes_before_a_smaller_rank(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, tuning={"rank": 64, "alpha": 64}, data={"max_tokens": 16})).config
+    least = needed(config, decided(config, tokens=16, checkpointing=True, optimizer="paged-adamw-8bit"))
+    change = change_for(config, least.firm * (1 + 1.5 * MARGIN) / GIB)
+    assert change is not None
+    assert not any(override.startswith(("tuning", "quantization")) for override in change.overrides)
 
 
 def test_a_method_on_a_plain_base_is_not_quantized(tmp_path: Path) -> None:

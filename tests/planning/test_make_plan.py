@@ -127,12 +127,30 @@ def test_time_and_energy_follow_from_the_speed(tmp_path: Path) -> None:
 
 def test_a_gpu_is_known_by_what_its_driver_calls_it(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    for called, name in (("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100 80GB"), ("NVIDIA H200", "H200")):
+    for called, name in (
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+    ):
         plan = make_plan(config, Machine("cuda", called, 1, 79 * 2**30, bf16=True), PREPARED)
         assert plan.speed is not None, called
         assert name in plan.speed.reason
         assert plan.speed.origin == "estimated"
-    for called in ("a GPU of nobody", "NVIDIA RTX A4000", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+    for called in (
+        "a GPU of nobody",
+        "NVIDIA RTX A4000",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 5090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 NVL",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA H200 NVL",
+    ):
         assert make_plan(config, Machine("cuda", called, 1, 79 * 2**30, bf16=True), PREPARED).speed is None, called
     assert make_plan(config, CPU, PREPARED).speed is None
 
@@ -190,7 +208,7 @@ def test_what_cannot_fit_is_refused_with_options_that_help(tmp_path: Path) -> No
 def test_spreading_the_base_states_the_micro_batch_that_was_measured_before(strategy: str, tmp_path: Path) -> None:
     """Over several devices `auto` is 8192 tokens by rule, which may be more than what the change was found to hold."""
     model, quantization = "meta-llama/Llama-2-70b-hf", {"method": "fp4"}
-    others = (f"distributed.strategy={strategy}", "tuning.dropout=0.1")
+    others = (f"distributed.strategy={strategy}", "tuning.dropout=0.1", "optimizer.method=paged-adamw-8bit")
     plan = make_plan(config_of(tmp_path, *others, model=model, quantization=quantization), machine_of_size(24), PREPARED)
     assert plan.change is not None
     overrides = plan.change.overrides
