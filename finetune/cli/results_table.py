@@ -6,32 +6,47 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from rich.cells import cell_len
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 CAPTION = "± is half of the 95 % interval; a change is called better or worse only where its interval excludes zero and p < 0.05"
 _GOOD = {"better": "green", "worse": "red"}
 _NOTHING = "no difference"
+_CHANGE = ("change", "verdict")
+_BESIDE = 14
+"""The longest name of a system that can head a column: two of them with their change leave 23 of 80 columns to what was measured."""
 
 
 def results_table(results: Any) -> Table:
-    """Figures of every system side by side. With two systems the change has columns of its own, with more it stands below each value."""
+    """Figures of every system. Two stand side by side, their change in columns of its own; more, or longer names, take a line each."""
     table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("measured", overflow="fold")
-    for heading in results.systems:
-        table.add_column(heading, justify="right", no_wrap=True)
-    pair = len(results.systems) == 2
-    if pair:
-        table.add_column("change", justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
+    systems: Sequence[str] = results.systems
+    beside = len(systems) < 3 and max(map(cell_len, systems)) <= _BESIDE
+    columns = (*systems, *_CHANGE[: 2 * len(systems) - 2]) if beside else ("value", *_CHANGE)
+    for heading in columns:
+        table.add_column(heading, justify="left" if heading == _CHANGE[1] else "right", no_wrap=True)
     for heading, members in groupby(results.figures, key=lambda figure: figure.name.partition(": ")[0]):
         figures = list(members)
         counts = dict.fromkeys(figure.n for figure in figures)
         table.add_row(Text(heading, style="bold") + Text(f"  n={', '.join(map(str, counts))}", style="dim"))
         for figure in figures:
-            table.add_row(_label(figure), *_cells(figure, results.systems, pair=pair))
-    _add_headlines(table, results)
+            _add_figure(table, figure, systems, beside=beside)
+    _add_headlines(table, results, len(columns))
     return table
+
+
+def _add_figure(table: Table, figure: Any, systems: Sequence[str], *, beside: bool) -> None:
+    values = [Text(value(figure.values[system], figure.intervals.get(system))) for system in systems]
+    changes = [_change(figure, systems[0], system) for system in systems[1:]]
+    if beside:
+        table.add_row(_label(figure), *values, *(part for change in changes for part in change))
+        return
+    table.add_row(_label(figure))
+    for system, number, change in zip(systems, values, [(), *changes], strict=True):
+        table.add_row(Padding(Text(system), (0, 0, 0, 4)), number, *change)
 
 
 def _label(figure: Any) -> Text:
@@ -41,14 +56,6 @@ def _label(figure: Any) -> Text:
 def _unit(unit: str) -> Text:
     """The unit in brackets; a share needs none, and room is short."""
     return Text(f" ({unit})" if unit and unit != "share" else "", style="dim")
-
-
-def _cells(figure: Any, systems: Sequence[str], *, pair: bool) -> list[Text]:
-    values = [Text(value(figure.values[system], figure.intervals.get(system))) for system in systems]
-    changes = [_change(figure, systems[0], system) for system in systems[1:]]
-    if pair:
-        return [*values, *changes[0]]
-    return [*values[:1], *(Text("\n").join([one, Text(" ").join(change)]) for one, change in zip(values[1:], changes, strict=True))]
 
 
 def _change(figure: Any, first: str, system: str) -> tuple[Text, Text]:
@@ -78,12 +85,10 @@ def value(number: float, interval: tuple[float, float] | None, sign: str = "") -
     return f"{number:{sign}.{places}f} ±{(high - low) / 2:.{places}f}"
 
 
-def _add_headlines(table: Table, results: Any) -> None:
-    """What follows from several figures at once, each a change against the first system."""
+def _add_headlines(table: Table, results: Any, columns: int) -> None:
+    """What follows from several figures at once, each a change against the first system: in the last two of ``columns``."""
     for system, members in groupby(results.headlines, key=lambda one: one.system):
         table.add_row(Text(f"what {system} learned", style="bold"))
         for one in members:
-            change, word = _said(one.change)
             label = Text(f"  {one.name}, {one.measure}") + _unit(one.unit)
-            blank = [Text("")] * (len(results.systems) - (0 if len(results.systems) == 2 else 1))
-            table.add_row(label, *blank, change, *([word] if len(results.systems) == 2 else []))
+            table.add_row(label, *[""] * (columns - len(_CHANGE)), *_said(one.change))

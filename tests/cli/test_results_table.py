@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ BETTER = Change(-2.83, -3.2, -2.4, 0.0002, "better")
 NONE = Change(0.05, -0.1, 0.2, 0.6, "no difference seen with n=24")
 
 
-def _results(*systems: str) -> Results:
-    names = ("base", "tuned", *systems)
+def _results(*systems: str, pair: tuple[str, str] = ("base", "tuned")) -> Results:
+    names = (*pair, *systems)
     arm = "trained as documents and questions"
     figures = (
         Figure(
@@ -42,7 +43,7 @@ def _results(*systems: str) -> Results:
             dict.fromkeys(names[1:], NONE),
         ),
     )
-    headlines = (Headline("substance", "answer loss", "nats/token", "lower", "tuned", BETTER),)
+    headlines = (Headline("substance", "answer loss", "nats/token", "lower", names[1], BETTER),)
     return Results("run", names, figures, (), 1.0, (), headlines)
 
 
@@ -65,10 +66,36 @@ def test_two_systems_have_change_and_verdict_in_columns_of_their_own() -> None:
     assert "what tuned learned" in text
 
 
-def test_more_systems_have_the_change_below_the_value() -> None:
-    lines = _lines(_results("merged"))
+@pytest.mark.parametrize(
+    "others", [("merged",), ("a run of the first of three seeds", "runs/seed-2", "runs/seed-3")], ids=["three systems", "five, long names"]
+)
+def test_more_systems_have_a_line_each_below_what_was_measured(others: tuple[str, ...]) -> None:
+    lines = _lines(_results(*others))
     assert max(map(len, lines)) <= 80
-    assert any(line.count("-2.83 ±0.40 better") == 2 for line in lines)
+    text = [" ".join(line.split()) for line in lines]
+    assert text[0] == "measured value change verdict"
+    measured = text.index("answer loss (nats/token)")
+    assert text[measured + 1 : measured + 3] == ["base 5.10 ±0.45", "tuned 4.10 ±0.45 -2.83 ±0.40 better"]
+    for place, name in enumerate(others, 2):
+        assert text[measured + 1 + place] == f"{name} {5.1 - place:.2f} ±0.45 -2.83 ±0.40 better"
+    assert "choice of four, titles of the arm" in text
+    assert "substance, answer loss -2.83 ±0.40 better" in " ".join(text).replace(" (nats/token)", "")
+
+
+def test_two_systems_with_long_names_do_not_take_the_place_of_what_was_measured() -> None:
+    lines = _lines(_results(pair=("a-model-directory-with-its-recipe-in-its-name", "the-same-after-training-and-merging")))
+    assert max(map(len, lines)) <= 80
+    text = [" ".join(line.split()) for line in lines]
+    assert "answer loss (nats/token)" in text
+    assert any(line.endswith("-2.83 ±0.40 better") for line in text)
+
+
+def test_one_system_has_its_values_alone() -> None:
+    both = _results()
+    figures = tuple(replace(figure, changes={}) for figure in both.figures)
+    text = [" ".join(line.split()) for line in _lines(Results("run", ("base",), figures, (), 1.0))]
+    assert text[0] == "measured base"
+    assert "answer loss (nats/token) 5.10 ±0.45" in text
 
 
 def test_results_of_older_versions_are_shown_without_intervals(tmp_path: Path) -> None:
