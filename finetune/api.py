@@ -126,6 +126,8 @@ class EvaluationSettings(TypedDict, total=False):
     name: str | None
     """Of the results, which are kept in `eval/NAME.json` of the first run, or of the working directory."""
     progress: Callable[[str, str, int], None]
+    notice: Callable[[str], None]
+    """Told, before anything is measured, which earlier results will be replaced."""
 
 
 def evaluate(
@@ -135,6 +137,8 @@ def evaluate(
     from finetune.evaluation.request import evaluation_request
 
     request = evaluation_request([target, *others], overrides, further.get("settings"), base=further.get("base"), name=further.get("name"))
+    if request.replaces is not None:
+        further.get("notice", lambda _: None)(request.replaces)
     _prepare_process()
     from finetune.evaluation.evaluate import evaluate as measure
 

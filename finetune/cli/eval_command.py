@@ -54,6 +54,7 @@ def evaluate(
             base=base,
             name=name,
             progress=lambda task, system, count: advance(f"{task}, {system}", count),
+            notice=view.path,
         )
     kept = results.record["kept"]
     run = Path(kept).parents[1]

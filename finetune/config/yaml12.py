@@ -53,7 +53,9 @@ def read_text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"cannot read the file: {error.strerror}", where=str(path)) from None
+        raise ConfigError(
+            f"cannot read the file: {error.strerror}", where=str(path), fix="check the path, and that it can be read"
+        ) from None
     if len(data) > MAX_BYTES:
         fix = "name the YAML file that describes the run; data files go under data.train"
         raise ConfigError(f"this file is larger than a configuration can be ({MAX_BYTES // 1024} KiB)", where=str(path), fix=fix)

@@ -152,7 +152,7 @@ def _refuse_unusable(file: Path) -> None:
         raise DataError(
             f"no such data file ({error.strerror})",
             where=str(file),
-            fix="check `data.train` and `data.validation`; relative paths start at the config",
+            fix="check the `source` that names it; a relative path starts at the YAML file that holds it, in -o at the working directory",
         ) from error
     if not stat.S_ISREG(mode):
         raise DataError("not a regular file (a directory, pipe, socket or device)", where=str(file), fix="name a file with data")

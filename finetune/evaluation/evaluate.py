@@ -34,7 +34,7 @@ from finetune.evaluation.conclusions import headlines
 from finetune.evaluation.measured_rows import identity
 from finetune.evaluation.request import Request
 from finetune.evaluation.results import Figure, Results, Sample
-from finetune.evaluation.systems import Opened, System, open_target
+from finetune.evaluation.systems import Opened, System, model_directory, open_target
 from finetune.evaluation.targets import Target, column_names, require_apart
 from finetune.hardware import environment
 from finetune.model.load import load_tokenizer
@@ -79,10 +79,13 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Results:
     trained = [BASE] if any(target.kind != "model" for target in request.targets) else []
     require_apart([*trained, *columns.values()])
     tasks, materials, notes = _prepared(request)
+    for target in request.targets:
+        if target.kind == "model":
+            model_directory(target)  # a mistyped one is told before the first model is measured
     gathered = _Gathered({name: {} for name in tasks}, notes=notes)
     for target in request.targets:
         opened = open_target(target, request.configs.get(target.word), request.settings, request.base)
-        _measure_target(target, columns[target.word], opened, _Work(tasks, materials, request.settings, progress), gathered)
+        _measure_target(columns[target.word], opened, _Work(tasks, materials, request.settings, progress), gathered)
         del opened
         gc.collect()
         if torch.cuda.is_available():
@@ -164,13 +167,13 @@ class _Work:
     progress: Progress
 
 
-def _measure_target(target: Target, column: str, opened: Opened, work: _Work, gathered: _Gathered) -> None:
+def _measure_target(column: str, opened: Opened, work: _Work, gathered: _Gathered) -> None:
     """The target, and its base where no target before has the same one."""
     gathered.notes += [note for note in opened.notes if note not in gathered.notes]
     gathered.records[column] = opened.record
     gathered.tokenizers.add(opened.tuned.renderer.tokenizer_hash)
     if opened.base is not None and opened.base_identity not in gathered.bases:
-        base_column = f"{BASE} of {target.name}" if gathered.bases else BASE
+        base_column = f"{BASE} of {column}" if gathered.bases else BASE
         gathered.bases[opened.base_identity] = base_column
         gathered.records[base_column] = {"kind": "base", "of": column}
         _measure_system(base_column, opened.base(), work, gathered)

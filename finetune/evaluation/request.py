@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from finetune.config.evaluation_file import load_evaluation
@@ -35,6 +36,14 @@ class Request:
     def tasks(self) -> dict[str, Task]:
         """By name, in their order."""
         return {task_name(task): task for task in self.settings.tasks}
+
+    @property
+    def replaces(self) -> str | None:
+        """That there are results already where these will be kept, with their date; None where there are none."""
+        if not self.destination.is_file():
+            return None
+        written = datetime.fromtimestamp(self.destination.stat().st_mtime).astimezone()
+        return f"{self.destination} of {written:%Y-%m-%d %H:%M} will be replaced; --name OTHER keeps both"
 
 
 def evaluation_request(

@@ -20,7 +20,7 @@ from finetune.data.general import general_blocks
 from finetune.data.render import Example, Renderer
 from finetune.errors import ConfigError, VerificationError
 from finetune.evaluation.results import LOFTQ_BASE
-from finetune.evaluation.targets import Target
+from finetune.evaluation.targets import EXPECTED, Target, nearest
 from finetune.finished import FinishedRun, load_run
 from finetune.model.adapters import load
 from finetune.model.builtin import BUILTIN, HUB_ID, fingerprint, resolve_model
@@ -206,9 +206,23 @@ def _found_base(stated: _Base, path: Path) -> Path:
 # --- plain models --------------------------------------------------------------------------------------------------------------------
 
 
+def model_directory(target: Target) -> Path:
+    """Where the files of a plain model are; ConfigError where ``target`` names none that can be had."""
+    try:
+        return resolve_model(target.model_id, target.revision)
+    except ConfigError as error:
+        if target.path.is_dir() or target.word.startswith("builtin:"):
+            raise
+        problem = error.problems[0]
+        if "/" in target.word:
+            raise ConfigError(problem.what, where=target.word, fix=nearest(target.path) or problem.fix) from error
+        what = f"{target.word} is no directory here, and no model that the hub or its cache gives"
+        raise ConfigError(what, where=target.word, fix=nearest(target.path) or EXPECTED) from error
+
+
 def _model(target: Target, settings: Evaluation) -> Opened:
     """A plain model, such as a merged one, in the type it is stored in: what is measured is what would be served."""
-    directory = resolve_model(target.model_id, target.revision)
+    directory = model_directory(target)
     device = _device()
     precision = _precision(settings, _stored(directory))
     tokenizer = load_tokenizer(directory)

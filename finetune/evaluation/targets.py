@@ -14,7 +14,8 @@ from finetune.runs import RunDirectory
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[0-9a-f]{40})?")
 _ADAPTER = "adapter_config.json"
-_EXPECTED = "name a run, an adapter or model directory, a hub id (owner/name, or owner/name@COMMIT) or builtin:smollm2-135m"
+EXPECTED = "name a run, an adapter or model directory, a hub id (owner/name, or owner/name@COMMIT) or builtin:smollm2-135m"
+"""What a target can be, as a fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,31 @@ def find_targets(words: Sequence[Path | str]) -> tuple[Target, ...]:
 
 
 def column_names(targets: Sequence[Target]) -> dict[str, str]:
-    """Word of each target -> the name of its column. The one run or adapter among models is ``tuned``."""
+    """Word of each target -> the name of its column. The one run or adapter among models is ``tuned``.
+
+    Those that would share a name say more of where they are, such as ``merged/a`` beside the run ``a``.
+    """
     trained = [target for target in targets if target.kind != "model"]
-    return {target.word: "tuned" if trained == [target] else target.name for target in targets}
+    places = [_place(target) for target in targets]
+    names = [_shortest(place, places[:number] + places[number + 1 :]) for number, place in enumerate(places)]
+    return {target.word: "tuned" if trained == [target] else name for target, name in zip(targets, names, strict=True)}
+
+
+def _place(target: Target) -> str:
+    """Where it is, ending in its name."""
+    if target.path.is_dir():
+        return target.path.resolve().as_posix()
+    return target.word.partition("@")[0].removeprefix("builtin:")
+
+
+def _shortest(place: str, others: Sequence[str]) -> str:
+    """The last part of ``place`` with as many of those before it as tell it from ``others``; all of them where none do."""
+    parts = place.split("/")
+    for count in range(1, len(parts)):
+        short = "/".join(parts[-count:])
+        if not any(f"/{other}".endswith(f"/{short}") for other in others):
+            return short
+    return place
 
 
 def require_apart(names: Sequence[str]) -> None:
@@ -72,15 +95,22 @@ def _target(word: str) -> Target:
     if path.is_dir():
         return _directory(word, path)
     if path.exists():
-        raise ConfigError("this is a file, and cannot be measured", where=word, fix=_EXPECTED)
+        raise ConfigError("this is a file, and cannot be measured", where=word, fix=EXPECTED)
     if word.startswith("builtin:"):
         return Target(word, "model", word.removeprefix("builtin:"))
     parent = path.parent
     is_path = word.startswith((".", "/", "~")) or (parent != Path() and parent.is_dir())
     if is_path or not _HUB_ID.fullmatch(word):
-        near = difflib.get_close_matches(path.name, sorted(entry.name for entry in parent.iterdir()), n=1) if parent.is_dir() else []
-        raise ConfigError("there is no such directory", where=word, fix=f"did you mean {parent / near[0]}?" if near else _EXPECTED)
+        raise ConfigError("there is no such directory", where=word, fix=nearest(path) or EXPECTED)
     return Target(word, "model", word.partition("@")[0].rpartition("/")[2])
+
+
+def nearest(path: Path) -> str:
+    """A question after the directory beside ``path`` whose name is nearest to its own; empty where none is near."""
+    parent = path.parent
+    directories = sorted(entry.name for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, directories, n=1)
+    return f"did you mean {parent / near[0]}?" if near else ""
 
 
 def _directory(word: str, path: Path) -> Target:
@@ -94,7 +124,7 @@ def _directory(word: str, path: Path) -> Target:
     if (path / "config.json").is_file():
         return Target(word, "model", name)
     raise ConfigError(
-        "not a run (config.yaml and environment.json), an adapter (adapter_config.json) or a model (config.json)", where=word, fix=_EXPECTED
+        "not a run (config.yaml and environment.json), an adapter (adapter_config.json) or a model (config.json)", where=word, fix=EXPECTED
     )
 
 

@@ -137,7 +137,7 @@ def _from_hub(model_id: str, revision: str | None, download: Download | None = N
         raise ConfigError(f"{model_id!r} is not a hub id", where="model.id", fix="a hub id reads owner/name") from error
     except OSError as error:  # no network, HF_HUB_OFFLINE, a proxy, a time-out: huggingface_hub raises them all as OSError
         pinned = f" --revision {revision}" if revision else ""
-        fix = f"with network: hf download {model_id}{pinned}; without: copy the directory here and name it in model.id"
+        fix = f"with network: hf download {model_id}{pinned}; without: copy the directory here and name that instead"
         raise ConfigError(
             "no such directory here, no copy in the hub's cache, and the hub cannot be reached", where=where, fix=fix
         ) from error

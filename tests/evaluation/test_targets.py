@@ -62,6 +62,33 @@ def test_words_are_told_apart(run: Path, adapter: Path, tiny_model_dir: Path) ->
     assert find_targets([run / "adapter"])[0].kind == "run"
 
 
+def test_targets_of_one_name_are_told_apart_by_where_they_are(run: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    merged = shutil.copytree(tiny_model_dir, tmp_path / "merged" / run.name)
+    again = shutil.copytree(run, tmp_path / "again" / run.name)
+    assert list(column_names(find_targets([run, merged])).values()) == ["tuned", "merged/first"]
+    assert list(column_names(find_targets([run, merged, again])).values()) == [f"{run.parent.name}/first", "merged/first", "again/first"]
+    assert list(column_names(find_targets(["one/model", "other/model", tiny_model_dir])).values())[:2] == ["one/model", "other/model"]
+
+
+def test_a_word_that_is_no_model_is_told_before_any_is_measured(run: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> None:
+    monkeypatch.chdir(run.parent)
+
+    def measured(*_: object) -> None:
+        raise AssertionError("a model was measured")
+
+    for word, said, fix in (
+        ("bogus", "is no directory here, and no model", "name a run"),
+        ("frist", "is no directory here, and no model", "did you mean first?"),
+        ("some-owner/no-such-model", "no copy in the hub's cache", "hf download some-owner/no-such-model"),
+    ):
+        with pytest.raises(ConfigError, match=said) as caught:
+            api.evaluate(tiny_model_dir, [word], progress=measured)
+        problem = caught.value.problems[0]
+        assert problem.where == word
+        assert fix in problem.fix
+        assert "model.id" not in f"{problem.what} {problem.fix}"
+
+
 @pytest.mark.parametrize("word", ["run.yaml", "frist", "no/such/thing", "owner/name@main", "../nowhere"])
 def test_what_is_no_target_is_told_with_what_would_be(run: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
     monkeypatch.chdir(run.parent)
