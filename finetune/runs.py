@@ -158,14 +158,29 @@ class RunDirectory:
                 fsync(self.metrics)
 
     def metric_rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
-        if not self.metrics.is_file():
-            return []
-        rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
-                rows.append(json.loads(line))
+        """The rows of metrics.jsonl; a last line cut short by a kill is left out. VerificationError for any other that is no row."""
+        rows, unreadable = self.readable_rows()
+        if unreadable:
+            raise VerificationError(
+                "a line of metrics.jsonl is no JSON: something else wrote to it, or the disk is damaged",
+                where=", ".join(f"{self.metrics}:{number}" for number in unreadable[:3]),
+                fix="restore the file from a copy, or take the line out",
+            )
         return rows
+
+    def readable_rows(self) -> tuple[list[dict[str, Any]], list[int]]:
+        """The rows of metrics.jsonl that can be read, and the numbers of the lines that cannot, the last one aside."""
+        if not self.metrics.is_file():
+            return [], []
+        lines = self.metrics.read_bytes().rstrip(b"\n").split(b"\n")
+        rows, unreadable = [], []
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                if number < len(lines):
+                    unreadable.append(number)
+        return rows, unreadable
 
 
 def open_run(path: Path) -> RunDirectory:

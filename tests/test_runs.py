@@ -187,3 +187,13 @@ def test_nan_never_reaches_json(tmp_path: Path) -> None:
 def test_a_torn_last_line_of_metrics_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert RunDirectory(tmp_path).metric_rows() == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("damage", [b"{not json}", b"\x00\xff", b""])
+def test_a_damaged_line_in_the_middle_of_metrics_is_an_error(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    with pytest.raises(VerificationError) as caught:
+        RunDirectory(tmp_path).metric_rows()
+    assert caught.value.problems[0].where == f"{tmp_path / 'metrics.jsonl'}:2"
+    assert caught.value.problems[0].fix
+    assert RunDirectory(tmp_path).readable_rows() == ([{"step": 1}, {"step": 3}], [2])

@@ -44,8 +44,11 @@ def _parts(found: Diagnosis, run: Path) -> Iterator[Text]:
     for finding in found.findings:
         yield from _finding(finding)
         yield Text()
+    for note in found.notes:
+        yield _wrapped("damage", visible(note), "bold yellow")
+        yield Text()
     if not found.findings:
-        yield Text("nothing wrong was found")
+        yield Text(_all_well(found))
         yield Text()
     if found.drift:
         yield Text(_drift(found))
@@ -55,22 +58,29 @@ def _parts(found: Diagnosis, run: Path) -> Iterator[Text]:
         yield _wrapped("not run", visible(f"{rule}: {why}"))
     if any(finding.overrides for finding in found.findings):
         yield Text()
-        yield Text(visible(f"a new run with changes: finetune train {run / 'config.yaml'} -o output=NEW -o ..."))
+        yield Text(visible(f"a new run with changes: finetune train {shlex.quote(str(run / 'config.yaml'))} -o output=NEW -o ..."))
+
+
+def _all_well(found: Diagnosis) -> str:
+    if not found.ran:
+        return "no rule could run, so nothing is known"
+    rules = f"{len(found.ran)} rule{'s' * (len(found.ran) != 1)}"
+    return f"nothing wrong was found by the {rules} that could run" if found.not_run else f"nothing wrong was found by all {rules}"
 
 
 def _finding(finding: Finding) -> Iterator[Text]:
+    from rich.text import Text
+
     from finetune.cli.preview import visible
+    from finetune.reporting.wording import figure
 
     style = "bold red" if finding.severity == "problem" else "bold yellow"
     yield _wrapped(finding.severity, visible(f"{finding.rule}: {finding.what}"), style)
-    yield _wrapped("figures", visible(", ".join(f"{name} {_shown(value)}" for name, value in finding.evidence.items())))
+    yield _wrapped("figures", visible(", ".join(f"{name} {figure(value)}" for name, value in finding.evidence.items())))
     yield _wrapped("reason", visible(finding.reason))
     if finding.overrides:
-        yield _wrapped("change", visible(" ".join(f"-o {shlex.quote(override)}" for override in finding.overrides)))
-
-
-def _shown(value: float | int | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        options = " ".join(f"-o {shlex.quote(override)}" for override in finding.overrides)
+        yield Text.assemble((f"{'change':<{_INDENT}}", "bold"), visible(options))  # never broken, so that it can be copied
 
 
 def _drift(found: Diagnosis) -> str:

@@ -54,15 +54,21 @@ def compare(run: RunDirectory, config: Config, newer: Path, progress: Callable[[
 
     ConfigError where the run is not finished or was not validated, DataError where either side has fewer than ten rows.
     """
+    path = newer.absolute()
+    if not path.is_file():
+        fix = "name a file; a relative path starts at the working directory"
+        raise DataError("there is no such file of newer data", where=f"--against {newer}", fix=fix)
     finished = load_run(run, config)
     if not finished.has_validation:
         fix = "train with data.validation={fraction: 0.02}"
         raise ConfigError("the run has no validation rows that newer data could be compared with", where=str(run.path), fix=fix)
-    path = newer.absolute()
     rows = _prepared(config, path, finished)
-    for what, count in ((str(path), len(rows)), (str(run.rows), len(finished.rows))):
-        if count < _LEAST_ROWS:
-            raise DataError(f"{count} rows are too few to compare losses", where=what, fix=f"give {_LEAST_ROWS} or more")
+    if len(rows) < _LEAST_ROWS:
+        raise DataError(f"{len(rows)} rows are too few to compare losses", where=str(path), fix=f"give {_LEAST_ROWS} or more")
+    if (held := len(finished.rows)) < _LEAST_ROWS:
+        what = f"the run has {held} validation row{'s' * (held != 1)}, too few to compare newer data with"
+        fix = f"train with a larger data.validation: {_LEAST_ROWS} rows or more"
+        raise DataError(what, where=str(run.path), fix=fix)
     validation = _side(finished, finished.rows, lambda count: progress("validation rows", count))
     return Compared(path, validation, _side(finished, rows, lambda count: progress("newer rows", count)))
 

@@ -37,7 +37,7 @@ from finetune.reporting.tables import (
     settings,
     side_by_side,
 )
-from finetune.reporting.wording import moment, setting
+from finetune.reporting.wording import figure, moment, setting
 from finetune.runs import RunDirectory
 from finetune.sealed import write_text
 
@@ -103,7 +103,7 @@ def render(records: Sequence[Record]) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, loader=FunctionLoader(_asset), trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"moment": moment, "setting": setting, "quoted": lambda text: shlex.quote(str(text))}
+    environment.filters |= {"figure": figure, "moment": moment, "setting": setting, "quoted": lambda text: shlex.quote(str(text))}
     return environment.get_template("report.html.j2").render(
         title=_title(records),
         version=__version__,

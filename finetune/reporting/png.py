@@ -12,7 +12,7 @@ from finetune.reporting.charts import Chart, Curves, Positions, curves
 from finetune.reporting.planned import expected
 from finetune.reporting.record import read_records
 from finetune.runs import RunDirectory
-from finetune.sealed import replaced
+from finetune.sealed import replaced, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +37,8 @@ def write_png(runs: Sequence[RunDirectory], directory: Path) -> list[Path]:
     require_png(directory)
     records = read_records(runs)
     drawn = curves(records, [expected(record) for record in records])
-    directory.mkdir(exist_ok=True)
+    with writing(directory):
+        directory.mkdir(exist_ok=True)
     paths = []
     for chart in drawn.charts:
         path = directory / f"{chart.name}.png"

@@ -20,6 +20,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{float(shown):,.0f}" if abs(value) >= 10**digits else shown
 
 
+def figure(value: float | str) -> str:
+    """A figure of a finding: text as it is, numbers with four significant digits."""
+    return value if isinstance(value, str) else number(value, 4)
+
+
 def gibibytes(count: float | None) -> str:
     """Bytes as GiB, or as MiB below one."""
     if count is None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,7 @@ def test_a_run_is_diagnosed_from_its_files(copied: Path, call: Callable[..., Any
     assert diagnosis.as_dict() == json.loads(json.dumps(shown)) | {
         "findings": diagnosis.as_dict()["findings"],
         "ran": diagnosis.ran,
+        "notes": diagnosis.notes,
     }
 
 
@@ -97,7 +100,37 @@ def test_the_screen_has_80_columns(copied: Path, call: Callable[..., Any], monke
         "not run   ",
     ):
         assert text in shown, text
-    assert max(len(line) for line in shown.splitlines()) <= 80
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("change ")) <= 80
+
+
+def test_a_change_is_one_line_however_narrow_the_screen(copied: Path, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.cli import view
+
+    monkeypatch.setattr(view, "out", view.Console(highlight=False, soft_wrap=True, width=40))
+    shown = call("doctor", copied).out
+    findings = api.diagnose(copied).findings
+    for finding in findings:
+        assert " ".join(f"-o {shlex.quote(override)}" for override in finding.overrides) in shown
+
+
+def test_a_healthy_run_is_as_well_as_the_rules_that_could_run(
+    copied: Path, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = call("doctor", copied, "--json").out
+    count = len(json.loads(shown)["ran"])
+    diagnosis = replace(api.diagnose(copied), findings=())
+    monkeypatch.setattr(api, "diagnose", lambda *_: diagnosis)
+    assert f"nothing wrong was found by the {count} rules that could run" in call("doctor", copied).out
+
+
+def test_a_damaged_line_of_metrics_is_told_and_passed_over(copied: Path, call: Callable[..., Any]) -> None:
+    rows = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copied / "metrics.jsonl").write_text("".join([*rows[:3], "{torn\n", *rows[3:]]))
+    done = call("doctor", copied)
+    assert done.code == 0
+    assert "line 4 is no JSON" in " ".join(done.out.split())
+    with pytest.raises(VerificationError, match="no JSON"):
+        api.report(copied)
 
 
 def test_a_run_that_has_hardly_begun_is_diagnosed_without_torch(copied: Path) -> None:
@@ -154,6 +187,9 @@ def test_newer_data_is_compared_with_validation(copied: Path, tmp_path: Path, ca
     assert shown["drift"]["newer rows"] == 12
     low, high = (shown["drift"][f"difference of the losses, {end}"] for end in ("low", "high"))
     assert low < shown["drift"]["loss on newer rows"] - shown["drift"]["loss on validation rows"] < high
+    refused = call("doctor", copied, "--against", "nope.jsonl")
+    assert refused.code == 3
+    assert "starts at the working directory" in refused.err
     with pytest.raises(DataError, match="3 rows are too few"):
         api.diagnose(copied, write_rows(tmp_path / "few.jsonl", "{}", 3))
 

@@ -105,10 +105,39 @@ FULL_RANK = tuple(Module(f"layers.{n}.up_proj", "mlp", 4, 3.8, 0.01) for n in ra
 STILL = (*(Module(f"layers.{n}.up_proj", "mlp", 4, 3.0, 0.01) for n in range(4)), Module("layers.4.up_proj", "mlp", 4, 0.0, 0.00001))
 STUCK = falling(end=1.8, pace=12.0)
 
+RUINED = [
+    4.7,
+    3.2,
+    17.5,
+    26.9,
+    27.5,
+    63.7,
+    38.8,
+    20.9,
+    12.9,
+    19.6,
+    13.6,
+    15.3,
+    12.8,
+    11.0,
+    10.0,
+    9.0,
+    8.2,
+    8.0,
+    7.9,
+    7.0,
+    6.7,
+    6.7,
+    6.4,
+    6.0,
+]
+"""Of a real run at a constant rate of 0.05: the noise of the steps that broke it hides its rise from their own spread."""
+
 SICK: dict[str, Callable[[], tuple[str, Evidence]]] = {
     "diverged": lambda: ("rate-too-high", evidence(state="failed", failure="DivergedError", steps=steps(falling(5)))),
     "ends above its start": lambda: ("rate-too-high", evidence(falling(start=3.0, end=4.0))),
     "rises on the way": lambda: ("rate-too-high", evidence([*falling(10), *[5.0] * 20, *falling(70)])),
+    "ruined at once, and never back": lambda: ("rate-too-high", evidence(RUINED, evaluations=rising(39.4, 13.1, 7.9, 6.2))),
     "jumps": lambda: ("rate-too-high", evidence(jumping(2.0, 4))),
     "does not move": lambda: ("flat-loss", evidence(falling(end=3.0), evaluations=())),
     "creeps": lambda: ("flat-loss", evidence([3.0 - 0.0015 * n for n in range(100)], evaluations=())),
@@ -187,6 +216,39 @@ WELL: dict[str, Callable[[], Evidence]] = {
     ),
     "a large memory without need": lambda: evidence(device=Device("cuda", 80 * GIB), tokens_per_device=4096),
 }
+
+
+@pytest.mark.parametrize(("memory", "proposed"), [(80, ("train.gradient_checkpointing=false",)), (10, ())])
+def test_more_memory_is_used_only_where_it_holds_the_change(memory: int, proposed: tuple[str, ...]) -> None:
+    """The same run with less than half of either device in use: what 16,384 tokens of this model keep takes 6 GiB more."""
+    given = evidence(
+        checkpointing=True,
+        tokens_per_device=16_384,
+        device=Device("cuda", memory * GIB),
+        steps=steps(falling(), memory_bytes=4 * GIB, tokens=16_384),
+        data=DataReport(2048, (), SideReport(400, 200_000, 90_000, 100, 500, 600, 1800, 2000)),
+    )
+    assert tuple(override for finding in diagnose(given).findings for override in finding.overrides) == proposed
+
+
+def test_a_model_whose_shapes_are_unknown_gets_no_advice_on_memory() -> None:
+    config = settings(model={"id": "nobody/knows-this"})
+    assert not found(evidence(config=config, checkpointing=True, steps=steps(falling(), memory_bytes=2 * GIB)))
+
+
+@pytest.mark.parametrize(
+    ("context", "override"), [(None, "data.max_tokens=3008"), (4096, "data.max_tokens=3008"), (2048, "data.overlong=split")]
+)
+def test_rows_are_never_to_be_longer_than_the_model_reads(context: int | None, override: str) -> None:
+    (finding,) = diagnose(evidence(data=sources(truncated=30), context=context)).findings
+    assert finding.overrides == (override,)
+
+
+def test_damage_of_the_curve_is_told() -> None:
+    assert diagnose(evidence(unreadable=(7, 9))).notes == (
+        "metrics.jsonl is damaged: 2 lines, first 7, are no JSON, and the curve lacks them",
+    )
+    assert not diagnose(evidence()).notes
 
 
 @pytest.mark.parametrize("name", SICK)
@@ -306,6 +368,12 @@ def test_more_rank_keeps_the_scale(tmp_path: Path) -> None:
         power = 0.5 if scaling == "rslora" else 1.0
         assert after.rank == 16  # type: ignore[union-attr]
         assert after.alpha / after.rank**power == pytest.approx(before.alpha / before.rank**power, rel=0.01)  # type: ignore[union-attr]
+
+
+def test_an_absurd_scale_is_not_carried_over(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(settings(tuning={"method": "lora", "rank": 2, "alpha": 512})))
+    assert changes.capacity(load_config(path).config, 4) == ("tuning.rank=16", "tuning.alpha=32.0")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,14 @@ def test_a_missing_matplotlib_is_named_with_what_installs_it(tmp_path: Path, mon
         require_png(tmp_path)
 
 
+def test_a_directory_that_the_system_refuses_is_an_error(make_run: Make) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(HardwareError) as caught:
+        write_png([make_run()], Path("/proc/pictures"))
+    assert caught.value.exit_code == 4
+    assert caught.value.problems[0].where == "/proc/pictures"
+
+
 def test_a_place_where_no_directory_can_be_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "file").write_text("")

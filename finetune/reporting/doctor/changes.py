@@ -12,6 +12,9 @@ from finetune.config.schema import AdaLora, Config, Full, Houlsby, Lora, Prefix,
 _LARGEST_RANK = 4096
 _LEAST_RANK = 16
 """The usual rank for instructions; below it an adapter is one for style."""
+_LARGEST_SCALE = 4.0
+"""Of alpha over rank that a larger adapter keeps: recipes use 1 or 2, and what is far above them was hardly meant."""
+_USUAL_SCALE = 2.0
 _DROPOUT = 0.1
 _WEIGHT_DECAY = 0.05
 """Of small data: QLoRA and LoRA use 0.05 to 0.1 of the former, style recipes 0.05 to 0.1 of the latter."""
@@ -45,7 +48,7 @@ def warm_up(config: Config) -> Overrides:
 
 
 def capacity(config: Config, times: int) -> Overrides:
-    """An adapter that is ``times`` as large, with the scale it had; nothing for methods whose size is not a choice."""
+    """An adapter that is ``times`` as large, with the scale it had unless that is absurd; nothing where size is not a choice."""
     tuning = config.tuning
     match tuning:
         case Lora() | TiedLora() | AdaLora():
@@ -53,6 +56,8 @@ def capacity(config: Config, times: int) -> Overrides:
             grown = rank / tuning.rank
             root = isinstance(tuning, Lora | TiedLora) and tuning.scaling == "rslora"
             alpha = tuning.alpha * (math.sqrt(grown) if root else grown)
+            if not root and tuning.alpha > _LARGEST_SCALE * tuning.rank:
+                alpha = _USUAL_SCALE * rank
             free = ("tuning.init_rank=null",) if isinstance(tuning, AdaLora) and tuning.init_rank is not None else ()
             return (f"tuning.rank={rank}", f"tuning.alpha={_short(alpha)}", *free)
         case Vera():

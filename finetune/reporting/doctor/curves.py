@@ -48,6 +48,12 @@ class Course:
     """Standard deviation of one step around the trend, in the second half."""
     highest: float
     """Highest median of a twentieth of the steps (three at least), after the first: one odd batch does not move it."""
+    late_spread: float
+    """Standard deviation of one step in the second half, odd batches in full; what a ruined start adds to the noise is not in it."""
+    late_ratio: float
+    """The same of the logarithm of the loss."""
+    level_steps: tuple[int, int]
+    """Steps that `highest` and `final` are each taken over."""
     late_share: float
     """Of the fall, in the second half of the learning rate that was spent: 0.5 for a straight line, which has not begun to converge;
     near 0 where the loss had come to rest."""
@@ -86,6 +92,9 @@ def course(steps: tuple[Step, ...]) -> Course:
         error=math.hypot(early / math.sqrt(start), late / math.sqrt(end)),
         noise=late,
         highest=max(levels),
+        late_spread=_spread(losses[half:]),
+        late_ratio=_spread([math.log(max(loss, NOTICEABLE)) for loss in losses[half:]]),
+        level_steps=(width, end),
         late_share=(there - final) / fall if fall > 0 else 0.0,
         jumps=len(_jumps(losses, max(NOTICEABLE, _JUMP_SHARE * initial))),
     )

@@ -34,7 +34,8 @@ def _over_long(evidence: Evidence) -> Finding | None:
     what = f"{lost} of {rows} rows are longer than {data.max_tokens} tokens and were {done}"
     reason = "a row that is cut off teaches to stop in the middle" if done == "cut off" else "what is only said at length is never learned"
     enough = -(-longest // _STEP) * _STEP
-    override = f"data.max_tokens={enough}" if enough <= _LONGER * data.max_tokens else "data.overlong=split"
+    most = min(_LONGER * data.max_tokens, evidence.context or enough)
+    override = f"data.max_tokens={enough}" if enough <= most else "data.overlong=split"
     return Finding("over-long-rows", "problem", what, measured, reason, (override,))
 
 

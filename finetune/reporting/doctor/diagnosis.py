@@ -36,7 +36,16 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         ran=tuple(rule.name for rule in ran),
         not_run=not_run,
         drift=None if isinstance(evidence.drift, str) else drift_figures(evidence.drift),
+        notes=_notes(evidence),
     )
+
+
+def _notes(evidence: Evidence) -> tuple[str, ...]:
+    lost = evidence.unreadable
+    if not lost:
+        return ()
+    which = f"line {lost[0]} is" if len(lost) == 1 else f"{len(lost)} lines, first {lost[0]}, are"
+    return (f"metrics.jsonl is damaged: {which} no JSON, and the curve lacks them",)
 
 
 def write_diagnosis(run: RunDirectory, diagnosis: Diagnosis) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from finetune.config.schema import Config
 from finetune.data.report import DataReport
-from finetune.errors import VerificationError
+from finetune.errors import ConfigError, VerificationError
+from finetune.planning.config_json import cached_copy, read_config
 from finetune.reporting.doctor.findings import State
 from finetune.runs import RunDirectory
 from finetune.sealed import read_json
 
 _RESULTS = "results.json"
+_BUILTIN_CONTEXT = 8192
+"""Of SmolLM2-135M (its config.json: max_position_embeddings)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # hashed by identity: `course` is asked for by many rules
@@ -62,9 +66,15 @@ class Group:
 class Device:
     """What the run trained on."""
 
-    kind: str
-    """`cpu` or `cuda`."""
+    kind: Literal["cpu", "cuda"]
     memory_bytes: int
+    name: str = ""
+    devices: int = 1
+    """Of one machine; cores of a CPU."""
+    bf16: bool = True
+    """Whether bf16 matrix products are fast there."""
+    processes: int = 1
+    """That trained together, in the last session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +137,10 @@ class Evidence:
     """Of the last evaluation: name, unit, n, values by system, better; since version 0.2 intervals and changes."""
     modules: tuple[Module, ...] | str
     drift: Drift | str
+    context: int | None = None
+    """Tokens that the model reads at most; None where its config.json is not here, or does not say."""
+    unreadable: tuple[int, ...] = ()
+    """Lines of metrics.jsonl that are no row, the last one aside, which a kill may have torn."""
 
 
 def gather(run: RunDirectory, config: Config, modules: Sequence[Module] | str, drift: Drift | str) -> Evidence:
@@ -147,7 +161,7 @@ def _typed(
     measured: tuple[Sequence[Module] | str, Drift | str],
 ) -> Evidence:
     plan, environment = records
-    rows = run.metric_rows()
+    rows, unreadable = run.readable_rows()
     failure = environment["sessions"][-1].get("failed")
     finished = run.is_finished()
     modules, drift = measured
@@ -161,13 +175,21 @@ def _typed(
         evaluations=tuple(Evaluation(row["step"], row["validation_loss"]) for row in rows if row["kind"] == "evaluation"),
         groups=tuple(Group(group["name"], group["learning_rate"]) for group in plan["groups"]),
         data=DataReport.from_dict(plan["data"]),
-        device=Device(environment["machine"]["kind"], environment["machine"]["memory_bytes"]),
+        device=_device(environment),
         tokens_per_device=int(plan["resolved"]["tokens_per_device"]["value"]),
         checkpointing=bool(plan["resolved"]["gradient_checkpointing"]["value"]),
         figures=_figures(run),
         modules=modules if isinstance(modules, str) else tuple(modules),
         drift=drift,
+        context=_context(config),
+        unreadable=tuple(unreadable),
     )
+
+
+def _device(environment: Mapping[str, Any]) -> Device:
+    machine, session = environment["machine"], environment["sessions"][-1]
+    name, devices, bf16 = (machine.get(key, default) for key, default in (("name", ""), ("devices", 1), ("bf16", True)))
+    return Device(machine["kind"], machine["memory_bytes"], name, devices, bf16, session.get("devices", 1))
 
 
 def _step(row: Mapping[str, Any]) -> Step:
@@ -182,6 +204,20 @@ def _step(row: Mapping[str, Any]) -> Step:
         memory_bytes=row.get("memory_bytes"),
         input_seconds=row.get("input_seconds"),
     )
+
+
+def _context(config: Config) -> int | None:
+    """Of the config.json of a local model, or of one in the hub's cache."""
+    if config.model.id.startswith("builtin:"):
+        return _BUILTIN_CONTEXT
+    directory = Path(config.model.id).expanduser()
+    try:
+        found = directory if directory.is_dir() else cached_copy(config.model)
+        stored = read_config(found) if found else {}
+    except ConfigError:  # the rules on curves need no model
+        return None
+    longest = (stored.get("text_config") or stored).get("max_position_embeddings")
+    return longest if isinstance(longest, int) else None
 
 
 def _figures(run: RunDirectory) -> tuple[Mapping[str, Any], ...] | str:

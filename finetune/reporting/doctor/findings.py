@@ -45,6 +45,8 @@ class Diagnosis:
     """The other rules, and what each lacked."""
     drift: Mapping[str, Number | str] | None = None
     """With `--against`: losses on newer data and on validation rows, whether or not they made a finding."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the evidence, such as damage that the rules passed over."""
     format: int = field(default=1)
     """Of doctor.json."""
 
@@ -56,4 +58,4 @@ class Diagnosis:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The diagnosis of `as_dict`, also after JSON made lists of tuples. KeyError or TypeError where it is none."""
         findings = tuple(Finding(**finding | {"overrides": tuple(finding["overrides"])}) for finding in values["findings"])
-        return cls(**{**values, "findings": findings, "ran": tuple(values["ran"])})
+        return cls(**{**values, "findings": findings, "ran": tuple(values["ran"]), "notes": tuple(values.get("notes", ()))})

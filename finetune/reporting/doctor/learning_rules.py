@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from finetune.reporting.doctor import changes
-from finetune.reporting.doctor.curves import LEAST_STEPS, NOTICEABLE, course
+from finetune.reporting.doctor.curves import LEAST_STEPS, NOTICEABLE, Course, course
 from finetune.reporting.doctor.evidence import Evidence, Step
 from finetune.reporting.doctor.findings import Finding
 from finetune.reporting.doctor.rule import Rule
@@ -14,6 +16,8 @@ _RISE = 0.05
 """Of the initial loss: above it at the end, training did harm."""
 _HUMP = 0.2
 """Of the first loss: a level this far above it on the way means that the model was lost and learned anew."""
+_RUINED = 3.0
+"""Times the loss of the first step: no batch but a broken model gives such a level, whatever the noise of the steps that broke it."""
 _JUMPS = 3
 """One jump may be a row, and two a coincidence."""
 _FLAT = 0.02
@@ -70,7 +74,19 @@ def is_unstable(evidence: Evidence) -> bool:
     doubt = _SIGMAS * found.noise  # of the later half: a rate that is too high makes the noise of the earlier one
     ended_above = found.final > found.initial + max(doubt, _RISE * found.initial, NOTICEABLE)
     rose = found.highest > found.first + max(_SIGMAS * found.first_error, _HUMP * found.first, NOTICEABLE)
-    return ended_above or rose or found.jumps >= _JUMPS
+    return ended_above or rose or _is_ruined(found) or found.jumps >= _JUMPS
+
+
+def _is_ruined(found: Course) -> bool:
+    """Whether the loss rose several-fold, or ended above its first step, beyond what the later half's noise explains.
+
+    A rate that breaks the model in its first steps makes both the level of the start and the noise around it useless.
+    """
+    width, end = found.level_steps
+    several = max(math.log(_RUINED), _SIGMAS * found.late_ratio * math.sqrt(1 + 1 / width))
+    above = max(_SIGMAS * found.late_spread * math.sqrt(1 + 1 / end), _RISE * found.first, NOTICEABLE)
+    rose = math.log(found.highest / max(found.first, NOTICEABLE)) > several if found.highest > NOTICEABLE else False
+    return rose or found.final > found.first + above
 
 
 def _rate_too_high(evidence: Evidence) -> Finding | None:
@@ -124,7 +140,6 @@ def _flat_loss(evidence: Evidence) -> Finding | None:
     measured: dict[str, float | int | str] = {
         "initial loss": found.initial,
         "final loss": found.final,
-        "share that fell": found.relative_fall,
     }
     measured |= {"peak learning rate": max(step.rate for step in evidence.steps), "learning rate summed over steps": spent}
     small = rank is not None and rank < 8  # below the ranks of style, the least that recipes use

@@ -5,10 +5,11 @@ from __future__ import annotations
 from finetune.config.schema import Prefix
 from finetune.reporting.doctor.evidence import Evidence
 from finetune.reporting.doctor.findings import Finding
+from finetune.reporting.doctor.room import has_room
 from finetune.reporting.doctor.rule import Rule
 
 _USED = 0.5
-"""Of the device's memory: below a half twice as much fits at once."""
+"""Of the device's memory: a run that takes more has little to gain. Whether a change fits is for the estimate to say."""
 _WAITING = 0.1
 """Share of the time: below it waiting hides behind what varies anyway."""
 _FIRST = 3
@@ -23,8 +24,7 @@ def _lacks_memory(evidence: Evidence) -> str | None:
 
 def _unused_memory(evidence: Evidence) -> Finding | None:
     peak, have = max(step.memory_bytes or 0 for step in evidence.steps), evidence.device.memory_bytes
-    overrides = _larger(evidence)
-    if peak > _USED * have or not overrides:
+    if peak > _USED * have or not (overrides := _larger(evidence)):
         return None
     measured = {
         "peak memory, GiB": peak / _GIB,
@@ -37,12 +37,17 @@ def _unused_memory(evidence: Evidence) -> Finding | None:
 
 
 def _larger(evidence: Evidence) -> tuple[str, ...]:
-    """Activations kept first: that saves most. A CPU gains nothing from larger micro-batches, and no device from more than a step has."""
-    if evidence.checkpointing and not isinstance(evidence.config.tuning, Prefix):
+    """Activations kept first: that saves most. A CPU gains nothing from larger micro-batches, and no device from more than a step has.
+
+    Nothing that would not fit with room to spare.
+    """
+    keeps = evidence.checkpointing and not isinstance(evidence.config.tuning, Prefix)
+    if keeps and has_room(evidence, gradient_checkpointing=False):
         return ("train.gradient_checkpointing=false",)
     a_step = sum(step.tokens for step in evidence.steps) / len(evidence.steps)
-    if evidence.device.kind == "cuda" and a_step > evidence.tokens_per_device:
-        return (f"train.tokens_per_device={2 * evidence.tokens_per_device}",)
+    larger = 2 * evidence.tokens_per_device
+    if evidence.device.kind == "cuda" and a_step > evidence.tokens_per_device and has_room(evidence, tokens_per_device=larger):
+        return (f"train.tokens_per_device={larger}",)
     return ()
 
 
