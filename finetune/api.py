@@ -40,6 +40,7 @@ __all__ = [
     "load_config",
     "load_sweep",
     "merge",
+    "named_results",
     "padding_share",
     "places",
     "plan",
@@ -338,6 +339,17 @@ def stored_results(run: Path) -> Results | None:
     from finetune.evaluation.results import read_results
 
     return read_results(found)
+
+
+def named_results(run: Path) -> dict[str, Results]:
+    """What evaluations with a configuration of their own found (`finetune eval --config`), by their file in the run's eval/."""
+    from finetune.runs import open_run
+
+    found = open_run(run)
+    from finetune.evaluation.results import RESULTS, read_results
+
+    names = sorted(path.name for path in found.evaluations.glob("*.json") if path.name != RESULTS)
+    return {name: results for name in names if (results := read_results(found, name))}
 
 
 def places(run: Path) -> dict[str, Path]:

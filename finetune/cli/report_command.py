@@ -48,17 +48,28 @@ def _print_json(runs: Sequence[Path], page: Path, pictures: Sequence[Path]) -> N
 
 def _as_json(run: Path) -> dict[str, object]:
     results = api.stored_results(run)
-    return {"results": results.as_dict() if results else None, **{name: str(path) for name, path in api.places(run).items()}}
+    named = {name: found.as_dict() for name, found in api.named_results(run).items()}
+    return {
+        "results": results.as_dict() if results else None,
+        "evaluations": named,
+        **{name: str(path) for name, path in api.places(run).items()},
+    }
 
 
 def _show(run: Path, page: Path, pictures: Sequence[Path]) -> None:
     from finetune.cli import view
 
-    results, places = api.stored_results(run), api.places(run)
+    results, places, named = api.stored_results(run), api.places(run), api.named_results(run)
     if results:
         view.show_results(results)
+    elif named:
+        for name, found in named.items():
+            view.out.print(f"eval/{name}", style="bold")
+            view.show_results(found)
+            view.out.print()
     elif "adapter" in places or "model" in places:
         view.path(f"not evaluated yet: finetune eval {run}")
     else:
         view.path(f"not finished: finetune train {run / 'config.yaml'} --resume")
-    view.show_places({**places, "report": page} | ({"pictures": pictures[0].parent} if pictures else {}))
+    files = {f"evaluation {Path(name).stem}": run / "eval" / name for name in named}
+    view.show_places({**places, **files, "report": page} | ({"pictures": pictures[0].parent} if pictures else {}))

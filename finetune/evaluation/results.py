@@ -125,9 +125,12 @@ RESULTS = "results.json"
 """File of the last evaluation, in the run's `eval/`."""
 
 
-def read_results(run: RunDirectory) -> Results | None:
-    """What the last evaluation of ``run`` found; None where there was none. VerificationError where the file is damaged."""
-    path = run.evaluations / RESULTS
+def read_results(run: RunDirectory, name: str = RESULTS) -> Results | None:
+    """What the last evaluation of ``run`` found, or the one in the file ``name``; None where there was none.
+
+    VerificationError where the file is damaged.
+    """
+    path = run.evaluations / name
     if not path.is_file():
         return None
     found = read_json(path)

@@ -24,6 +24,19 @@ def test_a_page_of_one_run_lies_in_it(call: Call, tmp_path: Path) -> None:
     assert told["results"]["systems"] == ["base", "tuned"]
 
 
+def test_evaluations_of_other_names_are_shown(call: Call, tmp_path: Path) -> None:
+    """A run that was only evaluated with a configuration of its own was evaluated."""
+    run = write_run(tmp_path / "run")
+    (run.evaluations / "results.json").rename(run.evaluations / "mine.json")
+    done = call("report", run.path)
+    assert "not evaluated" not in done.out + done.err
+    assert "eval/mine.json" in done.out
+    assert "validation" in done.out
+    told = json.loads(call("report", run.path, "--json").out)
+    assert told["results"] is None
+    assert told["evaluations"]["mine.json"]["systems"] == ["base", "tuned"]
+
+
 def test_several_runs_go_where_it_is_said(call: Call, tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name).path for name in ("a", "b")]
     page = tmp_path / "both.html"
