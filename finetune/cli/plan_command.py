@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from finetune.planning.fit import Change
     from finetune.planning.placement import Placement
     from finetune.planning.plan import Plan
+    from finetune.planning.throughput import Cost
 
 _GIB = 2**30
 _WIDEST = 100
+_LEAST_ENERGY = 0.01
+"""Kilowatt-hours below which no number is shown."""
 
 _Gpu = Annotated[
-    int | None,
-    typer.Option("--gpu", metavar="GIB", help="Plan for a GPU of 24, 32, 40, 48, 80, 141 or 180 GB instead of this machine."),
+    str | None,
+    typer.Option("--gpu", metavar="GB", help="Plan for a GPU of 24, 32, 40, 48, 80, 141 or 180 GB instead of this machine."),
 ]
 _Devices = Annotated[int, typer.Option("--devices", min=1, help="Devices that train together.")]
 _Speed = Annotated[
@@ -45,8 +48,11 @@ def plan(
 
     Needs neither weights nor a GPU nor the network: shapes come from config.json, those of the usual families are known.
     """
+    from finetune.planning.placement import size_of
+
     loaded = api.load_config(config, override or ())
-    found = api.plan(loaded.config, gpu=gpu, devices=devices, tokens_per_second=tokens_per_second)
+    size = None if gpu is None else size_of(gpu)
+    found = api.plan(loaded.config, gpu=size, devices=devices, tokens_per_second=tokens_per_second)
     if as_json:
         sys.stdout.write(json.dumps(found.as_dict(), indent=2) + "\n")
     else:
@@ -73,7 +79,7 @@ def short(plan: Plan) -> Iterator[str]:
     yield f"Plan: {parameters.trainable:,} parameters train{added} ({_base(plan)}), on {_devices(here)}."
     largest = sorted(here.memory.parts.items(), key=lambda item: -item[1])[:3]
     told = ", ".join(f"{name} {_size(count)}" for name, count in largest)
-    yield f"memory: about {_size(here.needs)} of {_size(here.machine.memory_bytes)} ({told}), {_micro_batch(here)}"
+    yield f"memory: about {_size(here.needs)} of {_size(here.machine.memory_bytes)} ({told}), micro-batches of {_micro_batch(here)}"
     if not here.fits:
         yield f"this may not fit: {_advice(plan.change, here)}"
     if plan.length is not None:
@@ -138,23 +144,31 @@ def _memory(plan: Plan) -> Table:
 
 
 def _verdict(plan: Plan, width: int) -> str:
-    from finetune.cli.view import wrapped
-
     here, choices = plan.here, plan.here.resolved
     have = f"{_size(here.needs)} of {_size(here.machine.memory_bytes)}"
-    lines = [f"fits: {have}" if here.fits else f"does not fit: {have}. {_advice(plan.change, here)}"]
+    lines = [f"fits: {have}"] if here.fits else _advised(f"does not fit: {have}.", plan.change, here)
     if here.memory.spillable and here.fits and here.needs > here.machine.memory_bytes:
         lines.append(f"{_size(here.memory.spillable)} of it, states of the optimizer, may spill to host memory")
     checkpointing = "on" if choices.gradient_checkpointing.value else "off"
     lines += [
-        f"micro-batch: {here.setting.tokens:,} tokens ({choices.tokens_per_device.reason})",
+        f"micro-batch: {_micro_batch(here)} ({choices.tokens_per_device.reason})",
         f"precision: {choices.precision.value} ({choices.precision.reason})",
         f"gradient checkpointing: {checkpointing} ({choices.gradient_checkpointing.reason})",
         f"optimizer: {choices.optimizer.value} ({choices.optimizer.reason})",
     ]
     if here.setting.world > 1:
         lines.append(f"strategy: {choices.strategy.value} ({choices.strategy.reason})")
-    return "\n".join(wrapped(line, 2, width) for line in lines)
+    return _lines(lines, width)
+
+
+def _advised(finding: str, change: Change | None, placement: Placement) -> list[str]:
+    """``finding`` and the smallest change: its options on a line of their own, then what it comes to."""
+    from finetune.planning.plan import fix_of, needed_after, options_of
+
+    if change is None:
+        return [f"{finding} {fix_of(change, placement)}"]
+    costs = "; ".join((f"then {needed_after(change, placement)}", *change.costs))
+    return [f"{finding} The smallest change:", f"  {options_of(change, placement)}", f"  {costs}"]
 
 
 def _advice(change: Change | None, placement: Placement) -> str:
@@ -169,37 +183,33 @@ def _gpus(plan: Plan) -> Table:
     from rich.text import Text
 
     many = f"{plan.here.setting.world} x " if plan.here.setting.world > 1 else ""
-    table = _table("on common GPUs", "GiB", "needed", "micro-batch", "fits", "tokens/s", "time", "kWh")
-    for candidate in plan.candidates:
-        placement, cost = candidate.placement, candidate.cost
-        fits = placement.fits
-        table.add_row(
-            Text(f"{many}{candidate.gpu.name}"),
-            f"{placement.machine.memory_bytes / _GIB:.1f}",
-            f"{placement.needs / _GIB:.1f}",
-            f"{placement.setting.tokens:,}",
-            Text("yes" if fits else "no", style="green" if fits else "red"),
-            f"{candidate.speed.tokens_per_second:,.0f}" if fits else "",
-            _time(cost.seconds) if cost and fits else "",
-            f"{cost.kilowatt_hours:,.2f}" if cost and fits and cost.kilowatt_hours is not None else "",
-        )
+    columns: dict[str, list[str | Text]] = {
+        "GiB": [f"{each.placement.machine.memory_bytes / _GIB:.1f}" for each in plan.candidates],
+        "needed": [f"{each.placement.needs / _GIB:.1f}" for each in plan.candidates],
+        "micro-batch": [f"{each.placement.limit:,}" for each in plan.candidates],
+        "fits": [Text("yes", style="green") if each.placement.fits else Text("no", style="red") for each in plan.candidates],
+        "tokens/s": [f"{each.speed.tokens_per_second:,.0f}" if each.placement.fits else "" for each in plan.candidates],
+        "time": [_time(each.cost.seconds) if each.cost and each.placement.fits else "" for each in plan.candidates],
+        "kWh": [_energy(each.cost) if each.placement.fits else "" for each in plan.candidates],
+    }
+    told = {heading: cells for heading, cells in columns.items() if any(cells)}
+    table = _table("on common GPUs", *told)
+    for candidate, *cells in zip(plan.candidates, *told.values(), strict=True):
+        table.add_row(Text(f"{many}{candidate.gpu.name}"), *cells)
     return table
 
 
 def _length(plan: Plan, config: str, width: int) -> str:
-    from finetune.cli.view import wrapped
     from finetune.planning.throughput import UTILIZATION
 
-    lines = [
-        f"speed on GPUs: an estimate, {UTILIZATION:.0%} of the rate that their maker states (small models reach less); energy: at the most "
-        "that they draw"
-    ]
-    change = plan.candidate_change
-    if change is not None:
-        lines.insert(0, f"no common GPU holds it. On {plan.candidates[-1].gpu.name}: {_advice(change, plan.candidates[-1].placement)}")
+    largest, change = plan.candidates[-1], plan.candidate_change
+    lines = _advised(f"no common GPU holds it. On {largest.gpu.name}:", change, largest.placement) if change is not None else []
+    if any(candidate.placement.fits for candidate in plan.candidates):
+        energy = "; energy: at the most that they draw" if any(candidate.cost for candidate in plan.candidates) else ""
+        lines.append(f"speed on GPUs: an estimate, {UTILIZATION:.0%} of the rate that their maker states (small models reach less){energy}")
     if plan.length is None:
         lines.append(f"rows, steps and time are unknown until the data is prepared once: finetune data stats {config}")
-        return "\n".join(wrapped(line, 2, width) for line in lines)
+        return _lines(lines, width)
     counts, steps = plan.length.data, plan.length.steps
     about = "" if counts.exact else "about "
     share = plan.length.supervised_share
@@ -209,7 +219,7 @@ def _length(plan: Plan, config: str, width: int) -> str:
     lines.append(_duration(plan))
     if plan.length.tokens is None:
         lines.append(f"tokens, and with them the time, are unknown until the data is prepared once: finetune data stats {config}")
-    return "\n".join(wrapped(line, 2, width) for line in lines)
+    return _lines(lines, width)
 
 
 def _duration(plan: Plan) -> str:
@@ -224,11 +234,18 @@ def _duration(plan: Plan) -> str:
     if plan.cost is not None:
         parts.append(f"{_time(plan.cost.seconds)} without evaluations and checkpoints")
         if plan.cost.kilowatt_hours is not None:
-            parts.append(f"at most {plan.cost.kilowatt_hours:,.2f} kWh")
+            parts.append(f"at most {_energy(plan.cost)} kWh".replace("at most <", "less than "))
     return f"on {_devices(plan.here)}: {', '.join(parts)}"
 
 
 # --- words ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _lines(lines: Sequence[str], width: int) -> str:
+    """``lines`` within ``width`` columns, but for options, which stay on a line of their own so that they can be copied."""
+    from finetune.cli.view import wrapped
+
+    return "\n".join(line if line.startswith("  -") else wrapped(line, 2, width) for line in lines)
 
 
 def _devices(placement: Placement) -> str:
@@ -239,7 +256,12 @@ def _devices(placement: Placement) -> str:
 
 
 def _micro_batch(placement: Placement) -> str:
-    return f"micro-batches of {placement.setting.tokens:,} tokens"
+    """What training calls so, and what the memory was counted for where that is another number."""
+    limit, filled = placement.limit, placement.setting.tokens
+    told = f"up to {limit:,} tokens"
+    if filled < limit:
+        return f"{told}, of which a whole batch fills {filled:,}"
+    return f"{told}, but one example may have {filled:,}" if filled > limit else told
 
 
 def _percent(part: int, whole: int) -> str:
@@ -252,8 +274,17 @@ def _size(count: int) -> str:
     return f"{count / _GIB:.1f} GiB"
 
 
+def _energy(cost: Cost | None) -> str:
+    """Kilowatt-hours; nothing where they are not known."""
+    if cost is None or cost.kilowatt_hours is None:
+        return ""
+    return f"{cost.kilowatt_hours:,.2f}" if cost.kilowatt_hours >= _LEAST_ENERGY else f"<{_LEAST_ENERGY}"
+
+
 def _time(seconds: float) -> str:
     """In the two largest units that say something."""
+    if seconds < 1:
+        return "<1 s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
 
 _FIRST_PLACES = 3
+_OPTION = r"(?:-o \S+|--devices \d+)"
+_OPTIONS = re.compile(rf"{_OPTION}(?: {_OPTION})*")
+_HELD = "\x1f"
+"""Stands for a space at which no line ends, while text is wrapped."""
 
 
 def show_error(error: FinetuneError) -> None:
@@ -58,9 +63,14 @@ def hanging(text: str, indent: int) -> str:
 
 
 def wrapped(text: str, indent: int, width: int) -> str:
-    """``text`` within ``width`` columns, its further lines indented as the first is to be."""
+    """``text`` within ``width`` columns, its further lines indented as the first is to be.
+
+    Options that follow each other stay on one line, so that they can be copied, even where that is longer.
+    """
     room = max(40, width - indent)
-    return textwrap.fill(text, room, break_on_hyphens=False, break_long_words=False).replace("\n", "\n" + " " * indent)
+    whole = _OPTIONS.sub(lambda found: found[0].replace(" ", _HELD), text)
+    lines = textwrap.fill(whole, room, break_on_hyphens=False, break_long_words=False)
+    return lines.replace(_HELD, " ").replace("\n", "\n" + " " * indent)
 
 
 def has_colour() -> bool:

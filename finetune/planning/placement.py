@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ MOST_TOKENS = 32768
 _USUAL_EXAMPLE = 512
 """Tokens of an example where nothing is known of the data."""
 _GRAIN = 64
+_SIZES = f"use one of {', '.join(map(str, BY_SIZE))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,11 @@ class Placement:
         return fits(self.memory, self.room)
 
     @property
+    def limit(self) -> int:
+        """Tokens that micro-batches may have (`train.tokens_per_device`); the memory is that of ``setting.tokens``, which they do have."""
+        return self.resolved.tokens_per_device.value
+
+    @property
     def room(self) -> int:
         """Bytes of a device's memory for one process."""
         return self.machine.memory_bytes // self.copies
@@ -109,11 +116,18 @@ def machine_of(gpu: Gpu, devices: int = 1) -> Machine:
     return Machine("cuda", gpu.name, devices, gpu.usable_bytes, bf16=True)
 
 
+def size_of(text: str) -> int:
+    """The gigabytes that a user means by ``text``, such as `48`, `48GB` or `48 GiB`; ConfigError where it is no number of them."""
+    found = re.fullmatch(r"(\d{1,6}) ?(?:gi?b?)?", text.strip(), re.ASCII | re.IGNORECASE)
+    if found is None:
+        raise ConfigError(f"{text!r} is no number of gigabytes", where=f"--gpu {text}", fix=_SIZES)
+    return int(found[1])
+
+
 def machine_of_size(gigabytes: int, devices: int = 1) -> Machine:
     """A machine with ``devices`` of the GPU that is meant by a number of gigabytes; ConfigError for one that is not listed."""
     if gigabytes not in BY_SIZE:
-        known = ", ".join(map(str, BY_SIZE))
-        raise ConfigError(f"no common GPU has {gigabytes} GB", where=f"--gpu {gigabytes}", fix=f"use one of {known}")
+        raise ConfigError(f"no common GPU has {gigabytes} GB", where=f"--gpu {gigabytes}", fix=_SIZES)
     return machine_of(gpu_of(BY_SIZE[gigabytes]), devices)
 
 

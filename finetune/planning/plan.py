@@ -12,7 +12,7 @@ from typing import Any
 from finetune.config.schema import Config
 from finetune.errors import HardwareError
 from finetune.hardware import Machine
-from finetune.planning.fit import Change, Device, smallest_change
+from finetune.planning.fit import MARGIN, Change, Device, smallest_change
 from finetune.planning.gpus import GPUS, Gpu, called
 from finetune.planning.length import DataCounts, Length, length_of
 from finetune.planning.parameters import Parameters, count_parameters
@@ -138,11 +138,15 @@ def fix_of(change: Change | None, placement: Placement) -> str:
         bigger = next((gpu.name for gpu in GPUS if gpu.usable_bytes > max(placement.needs, placement.machine.memory_bytes)), None)
         device = f"a larger device, such as {bigger} (finetune plan says which)" if bigger else "several large devices"
         return f"no setting makes it fit there: use {device}, or a smaller model"
+    return f"{options_of(change, placement)} (then {needed_after(change, placement)})"
+
+
+def needed_after(change: Change, placement: Placement) -> str:
+    """What a device must hold after ``change``."""
     memory = change.memory
     needs = memory.total * placement.copies
-    tight = memory.spillable and needs > placement.machine.memory_bytes
-    spills = f", of which {_gib(memory.spillable)} may spill to host memory" if tight else ""
-    return f"{options_of(change, placement)} (then {_gib(needs)} of a device{spills})"
+    tight = memory.spillable and needs > (1 - MARGIN) * placement.machine.memory_bytes
+    return f"{_gib(needs)} of a device" + (f", of which {_gib(memory.spillable)} may spill to host memory" if tight else "")
 
 
 def options_of(change: Change, placement: Placement) -> str:

@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
+from finetune import api
 from finetune.cli import view
 from finetune.cli.app import app
-from finetune.cli.plan_command import short
+from finetune.cli.plan_command import short, show
 from finetune.config.load import load_config
 from finetune.errors import ConfigError
 from finetune.hardware import Machine, survey
 from finetune.planning.length import DataCounts
-from finetune.planning.plan import make_plan
+from finetune.planning.placement import machine_of_size
+from finetune.planning.plan import Plan, make_plan
 from finetune.training.forecast import forecast
 
 ROOT = Path(__file__).parents[2]
@@ -71,10 +73,22 @@ def test_a_plan_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
     assert "does not fit" in run.stdout
 
 
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_change_is_one_line_that_can_be_copied(plan: Callable[..., str], columns: int) -> None:
+    shown = plan("configs/medical-70b.yaml", "--gpu", "24", columns=columns).splitlines()
+    options = [line for line in shown if line.startswith("  -")]
+    assert len(options) == 1, shown
+    assert re.fullmatch(r"(  ?-o \S+)+ --devices \d+", options[0])
+    found = json.loads(plan("configs/medical-70b.yaml", "--gpu", "24", "--json"))["change"]
+    assert re.findall(r"-o (\S+)", options[0]) == found["overrides"]
+    told = [*short(api.plan(load_config(Path("configs/medical-70b.yaml")).config, gpu=24))]
+    assert options[0].strip() in [line.strip() for text in told for line in view.wrapped(text, 4, columns).splitlines()]
+
+
 @pytest.mark.parametrize("columns", [80, 200])
 def test_the_plan_of_a_70b_on_one_screen(plan: Callable[..., str], columns: int) -> None:
     shown = plan("configs/medical-70b.yaml", "--gpu", "48", columns=columns)
-    assert all(len(line.rstrip()) <= min(columns, 100) for line in shown.splitlines()), shown
+    assert all(len(line.rstrip()) <= min(columns, 100) for line in shown.splitlines() if not line.startswith("  -o ")), shown
     assert len(shown.splitlines()) <= 60
     text = " ".join(shown.split())
     for expected in (
@@ -217,6 +231,56 @@ def test_gpus_are_read_from_the_drivers_tool(tmp_path: Path, monkeypatch: pytest
     for script in ("echo nonsense", "echo 'No devices were found'; exit 6", "echo 'NVIDIA X, [N/A], 9.0'"):
         tool.write_text(f"#!/bin/sh\n{script}\n")
         assert survey().kind == "cpu", script
+
+
+@pytest.mark.parametrize("size", ["48GB", "48GiB", "48 gb", "48"])
+def test_a_size_of_gpu_may_have_its_unit(plan: Callable[..., str], size: str) -> None:
+    assert "memory of 1 x RTX A6000" in plan("configs/quickstart.yaml", "--gpu", size)
+
+
+@pytest.mark.parametrize("size", ["abc", "48TB", "-1", "4.8"])
+def test_what_is_no_size_of_gpu_is_refused_with_those_that_are(call: Run, size: str) -> None:
+    done = call("plan", "configs/quickstart.yaml", f"--gpu={size}")
+    assert done.code == 2
+    assert "no number of gigabytes" in done.err
+    assert "use one of 24, 32" in done.err
+
+
+def test_columns_of_which_nothing_is_known_are_left_out(plan: Callable[..., str]) -> None:
+    shown = plan("configs/medical-70b.yaml", "--gpu", "48")
+    heading = next(line for line in shown.splitlines() if line.startswith("on common GPUs"))
+    assert heading.split()[3:] == ["GiB", "needed", "micro-batch", "fits", "tokens/s"]
+    assert "energy" not in shown
+
+
+def test_a_moment_and_a_trace_of_energy_are_not_shown_as_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = DataCounts(10, 0, "prepared", exact=True, tokens=500, supervised=100, longest=60)
+    found = make_plan(load_config(Path("configs/quickstart.yaml")).config, machine_of_size(80), data)
+    monkeypatch.setattr(view, "out", view.Console(highlight=False, width=80))
+    show(found, "run.yaml")
+    shown = capsys.readouterr().out
+    assert re.search(r"^H100 .* yes +[\d,]+ +<1 s +<0.01$", shown, re.M), shown
+    text = " ".join(shown.split())
+    assert "<1 s without evaluations" in text
+    assert "less than 0.01 kWh" in text
+    assert not re.search(r"\b0 s|0\.00 kWh", shown)
+
+
+def test_a_micro_batch_has_one_figure_before_and_after_the_data_is_read() -> None:
+    """What a whole batch fills of it depends on the data, and is told beside it."""
+    config = load_config(Path("configs/quickstart.yaml"), ["train.tokens_per_device=auto", "train.batch_size=8"]).config
+    machine = Machine("cpu", "a CPU", 2, 2**35, bf16=True)
+    small = DataCounts(100, 0, "prepared", exact=True, tokens=3000, supervised=1000, longest=32)
+    long = DataCounts(100, 0, "prepared", exact=True, tokens=90_000, supervised=1000, longest=2000)
+    assert _memory_line(make_plan(config, machine, None)).endswith("micro-batches of up to 1,024 tokens")
+    assert _memory_line(make_plan(config, machine, small)).endswith("micro-batches of up to 1,024 tokens, of which a whole batch fills 256")
+    assert _memory_line(make_plan(config, machine, long)).endswith("micro-batches of up to 1,024 tokens, but one example may have 2,000")
+
+
+def _memory_line(plan: Plan) -> str:
+    return [*short(plan)][1]
 
 
 def test_an_unknown_size_of_gpu_is_a_configuration_error(plan: Callable[..., str]) -> None:

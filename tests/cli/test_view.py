@@ -72,3 +72,13 @@ def test_only_what_is_possible_comes_next(tuning: Tuning, said: str, merges: boo
     assert line.startswith("next: finetune eval runs/x; ")
     assert said in line
     assert ("finetune merge" in line) == merges
+
+
+def test_options_stay_on_one_line_where_text_is_wrapped() -> None:
+    options = "-o distributed.strategy=fsdp -o train.tokens_per_device=8192 --devices 2"
+    lines = view.wrapped(f"the smallest change: {options} (then 38.7 GiB of a device, which is less)", 4, 50).splitlines()
+    assert [line.strip() for line in lines] == ["the smallest change:", options, "(then 38.7 GiB of a device, which is less)"]
+    assert view.wrapped("one two three four five six seven eight nine ten", 2, 42).splitlines() == [
+        "one two three four five six seven eight",
+        "  nine ten",
+    ]
