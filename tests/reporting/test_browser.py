@@ -74,6 +74,13 @@ def test_c10_what_rows_say_stays_text(page: Page, pages: dict[str, Path]) -> Non
     assert HOSTILE in page.evaluate("document.querySelector('.finding').textContent")
 
 
+def test_a_prompt_keeps_its_lines(page: Page, pages: dict[str, Path]) -> None:
+    """Each role of a conversation stands on a line of its own."""
+    page.show(pages["one"])
+    page.evaluate("document.querySelector('dt.prompt').textContent = 'system\\nYou are one.\\nuser'")
+    assert page.evaluate("document.querySelector('dt.prompt').innerText") == "system\nYou are one.\nuser"
+
+
 def test_the_policy_holds_and_this_test_would_see_a_request(page: Page, pages: dict[str, Path]) -> None:
     page.show(pages["one"])
     refused = "fetch('https://example.invalid/x').then(() => 'asked', () => 'refused')"

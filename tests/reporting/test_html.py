@@ -20,7 +20,7 @@ from finetune.reporting.charts import MAX_STEPS, curves
 from finetune.reporting.html import write_report
 from finetune.reporting.record import read_records
 from finetune.runs import RunDirectory
-from tests.reporting.conftest import HOSTILE, losses
+from tests.reporting.conftest import DOCTOR, FINDING, HOSTILE, losses
 
 Make = Callable[..., RunDirectory]
 
@@ -212,6 +212,16 @@ def test_runs_of_one_name_are_told_apart(make_run: Make, tmp_path: Path) -> None
     (tmp_path / "b").mkdir()
     records = read_records([make_run("a/run"), make_run("b/run")])
     assert [record.name for record in records] == ["a/run", "b/run"]
+
+
+def test_a_diagnosis_is_worded_as_on_a_terminal(make_run: Make) -> None:
+    run = make_run()
+    evidence = {"fall, nats": 0.12345678901234567, "rows": 12345, "group": "attention"}
+    note = "metrics.jsonl is damaged: line 7 is no JSON, and the curve lacks them"
+    (run.path / "doctor.json").write_text(json.dumps(DOCTOR | {"findings": [FINDING | {"evidence": evidence}], "notes": [note]}))
+    text = " ".join(parsed(run).text.split())
+    assert "fall, nats: 0.1235; rows: 12,345; group: attention" in text
+    assert note in text
 
 
 def test_what_the_page_cannot_be_made_of_is_refused(make_run: Make, tmp_path: Path) -> None:
