@@ -5,6 +5,7 @@ python docs/picture.py runs/quickstart
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -33,10 +34,11 @@ def main(run: Path) -> None:
     results = api.stored_results(run)
     if results is None:
         sys.exit(f"{run} was not evaluated: run `finetune eval {run}` first")
-    console = Console(record=True, width=88, file=Path("/dev/null").open("w"), force_terminal=True, highlight=False)  # noqa: SIM115
+    console = Console(record=True, width=100, file=Path("/dev/null").open("w"), force_terminal=True, highlight=False)  # noqa: SIM115
     view.out = console
     view.show_results(results)
-    view.show_places({**api.places(run), "report": run / "report.html"})
+    places = {**api.places(run), "report": run / "report.html"}
+    view.show_places({name: os.path.relpath(path) for name, path in places.items()})
     svg = console.export_svg(title="finetune report", theme=MONOKAI, code_format=FORMAT, unique_id="q")
     (Path(__file__).parent / "quickstart.svg").write_text(re.sub(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', _with_margin, svg, count=1))
 
