@@ -46,11 +46,16 @@ def _add_figure(table: Table, figure: Any, systems: Sequence[str], *, beside: bo
         return
     table.add_row(_label(figure))
     for system, number, change in zip(systems, values, [(), *changes], strict=True):
-        table.add_row(Padding(Text(system), (0, 0, 0, 4)), number, *change)
+        table.add_row(_indented(Text(system), 4), number, *change)
 
 
-def _label(figure: Any) -> Text:
-    return Text(f"  {figure.name.partition(': ')[2]}") + _unit(figure.unit)
+def _label(figure: Any) -> Padding:
+    return _indented(Text(figure.name.partition(": ")[2]) + _unit(figure.unit), 2)
+
+
+def _indented(text: Text, columns: int) -> Padding:
+    """Its further lines too."""
+    return Padding(text, (0, 0, 0, columns))
 
 
 def _unit(unit: str) -> Text:
@@ -90,5 +95,5 @@ def _add_headlines(table: Table, results: Any, columns: int) -> None:
     for system, members in groupby(results.headlines, key=lambda one: one.system):
         table.add_row(Text(f"what {system} learned", style="bold"))
         for one in members:
-            label = Text(f"  {one.name}, {one.measure}") + _unit(one.unit)
+            label = _indented(Text(f"{one.name}, {one.measure}") + _unit(one.unit), 2)
             table.add_row(label, *[""] * (columns - len(_CHANGE)), *_said(one.change))
