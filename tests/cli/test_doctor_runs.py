@@ -194,6 +194,16 @@ def test_newer_data_is_compared_with_validation(copied: Path, tmp_path: Path, ca
         api.diagnose(copied, write_rows(tmp_path / "few.jsonl", "{}", 3))
 
 
+def test_too_few_validation_rows_are_those_of_the_run(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.evaluation import drift
+
+    monkeypatch.setattr(drift, "_LEAST_ROWS", 20)
+    with pytest.raises(DataError, match="the run has 18 validation rows") as caught:
+        api.diagnose(copied, write_rows(tmp_path / "new.jsonl", "{}", 30))
+    assert caught.value.problems[0].where == str(copied)
+    assert "data.validation" in caught.value.problems[0].fix
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [((), "it is not said"), (("RUN", "--machine"), "not at a run"), (("--machine", "--against", "x"), "not at a run")],
