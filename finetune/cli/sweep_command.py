@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,8 +38,7 @@ def sweep(
 
     planned = api.load_sweep(plan)
     if only_list:
-        for case, _ in planned.cases:
-            sys.stdout.write(f"{case.run}  {' '.join(f'-o {each}' for each in case.overrides[:-1])}".rstrip() + "\n")
+        _list([case for case, _ in planned.cases], as_json=as_json)
         return
 
     def tell(number: int, of: int, case: Case, doing: Doing) -> None:
@@ -51,6 +52,17 @@ def sweep(
     if page:
         view.note(f"curves of all runs: {page}")
     sys.stdout.write(f"{planned.directory}\n")
+
+
+def _list(cases: Sequence[Case], *, as_json: bool) -> None:
+    """Each run and what it changes, as a shell takes it."""
+    if as_json:
+        found = [{"run": str(case.run), "arm": case.arm, "settings": dict(case.settings)} for case in cases]
+        sys.stdout.write(json.dumps({"runs": found}, indent=2) + "\n")
+        return
+    for case in cases:
+        changes = " ".join(f"-o {shlex.quote(each)}" for each in case.overrides[:-1])
+        sys.stdout.write(f"{case.run}  {changes}".rstrip() + "\n")
 
 
 def _show(table: Table) -> None:

@@ -96,6 +96,9 @@ def load_sweep(path: Path) -> Planned:
     tree, duplicates = compose(text, document)
     if not isinstance(tree.content, dict):
         raise ConfigError("a sweep is a mapping, and this is not", where=str(tree.at), fix="write `config:`, `output:` and `grid:`")
+    if {"model", "tuning", "extends"} & tree.content.keys():
+        fix = f"write another file with `config: {path.name}`, `output:` and `grid:`, and name that one"
+        raise ConfigError("this is the configuration of one run, not a sweep", where=document.name, fix=fix)
     try:
         sweep = Sweep.model_validate_json(json.dumps(tree.plain()), strict=True)
     except ValidationError as error:

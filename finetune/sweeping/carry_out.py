@@ -23,7 +23,7 @@ from finetune.config.tree import dotted
 from finetune.errors import ConfigError, Problem, RunInterruptedError
 from finetune.runs import RunDirectory
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _SHARED_FAULTS = (2, 3)
 """Exit codes of a wrong configuration or wrong data: where the first run has one, the next would have it too."""
 _MEANINGS = {
@@ -69,9 +69,11 @@ def _passing_on(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     def forward(number: int, frame: FrameType | None) -> None:
         del frame
         received.append(number)
-        child.send_signal(number)
+        # of a terminal that was closed a run knows nothing: it is asked to save and end
+        child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    ours = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]  # ignored under nohup
+    before = {number: signal.signal(number, forward) for number in ours}
     try:
         yield received
     finally:
@@ -79,8 +81,13 @@ def _passing_on(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def carry_out(planned: Planned, tell: Tell = lambda *_: None, command: Command = run_command) -> list[Outcome]:
-    """Train and measure what is not there yet. ConfigError where a directory holds another run than the sweep wants there."""
+def carry_out(
+    planned: Planned, tell: Tell = lambda *_: None, command: Command = run_command, check: Callable[[Outcome], None] = lambda _: None
+) -> list[Outcome]:
+    """Train and measure what is not there yet. ConfigError where a directory holds another run than the sweep wants there.
+
+    ``check`` sees each outcome before the next run begins, and may raise what would be wrong with all of them.
+    """
     _require_same(planned)
     outcomes = []
     for number, (case, _) in enumerate(planned.cases, 1):
@@ -90,6 +97,7 @@ def carry_out(planned: Planned, tell: Tell = lambda *_: None, command: Command =
 
         try:
             outcomes.append(Outcome(case, _one(planned, case, told, command)))
+            check(outcomes[-1])
         except RunInterruptedError as error:
             raise RunInterruptedError(
                 f"stopped at run {number} of {len(planned.cases)}, {case.run.name}",

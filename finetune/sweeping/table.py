@@ -68,11 +68,10 @@ class Table:
 
 
 def write_table(planned: Planned, outcomes: Sequence[Outcome]) -> Table:
-    """The table of ``outcomes``, from what the runs left behind; kept in sweep.json. ConfigError where no run has a figure it names."""
+    """The table of ``outcomes``, from what the runs left behind; kept in sweep.json."""
     rows = [_row(outcome) for outcome in outcomes]
     select = planned.sweep.select
     columns = tuple(dict.fromkeys(name for name in planned.sweep.columns or _usual(rows) if name != select))
-    _require_known(rows, (select, *columns))
     best = {arm: _best([row for row in rows if row.arm == arm], select) for arm in {row.arm for row in rows}}
     marked = tuple(_marked(row, best[row.arm]) for row in rows)
     table = Table(select, columns, marked)
@@ -122,14 +121,14 @@ def _usual(rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(name for name in wanted if name in known)
 
 
-def _require_known(rows: Sequence[Row], names: Sequence[str]) -> None:
-    """ConfigError for a figure that no run has, where any has figures at all."""
-    known = sorted({name for row in rows for name in row.figures})
-    for name in names:
+def require_figures(planned: Planned, outcome: Outcome) -> None:
+    """ConfigError where a run has figures, but not one that the sweep names: the others would not have it either."""
+    known = _row(outcome).figures
+    for key, name in [("select", planned.sweep.select), *(("columns", name) for name in planned.sweep.columns)]:
         if known and name not in known:
             meant = nearest(name, known)
-            fix = f"did you mean {meant!r}?" if meant else f"there are: {', '.join(known)}"
-            raise ConfigError(f"no run has a figure called {name!r}", where="`select` and `columns` of the sweep", fix=fix)
+            fix = f"did you mean {meant!r}?" if meant else f"there are: {', '.join(sorted(known))}"
+            raise ConfigError(f"run {outcome.case.run.name} has no figure called {name!r}", where=f"`{key}` of the sweep", fix=fix)
 
 
 def _best(rows: Sequence[Row], select: str) -> Row | None:

@@ -107,6 +107,13 @@ def test_every_run_is_checked_before_the_first_and_a_common_fault_is_said_once(w
     assert "there is no such file" in problems(sweep_file(tmp_path / "sweep.yaml", config="none.yaml", output="o"))
 
 
+def test_the_configuration_of_a_run_is_no_sweep(write_config: Callable[..., Path]) -> None:
+    text = problems(write_config())
+    assert "the configuration of one run, not a sweep" in text
+    assert "`config: run.yaml`" in text
+    assert text.count("fix:") == 1
+
+
 def test_the_example_of_the_documentation_is_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "sweep.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -25,6 +25,8 @@ def test_a_sweep_that_was_stopped_goes_on_and_ends_with_a_table(
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
     listed = finetune("sweep", "sweep.yaml", "--list", cwd=tmp_path)
     assert listed.out.splitlines() == ["sweep/long", "sweep/short  -o train.max_steps=2"]
+    listed = finetune("sweep", "sweep.yaml", "--list", "--json", cwd=tmp_path)
+    assert [run["settings"] for run in json.loads(listed.out)["runs"]] == [{}, {"train.max_steps": 2}]
     assert not (tmp_path / "sweep").exists()
 
     line = [sys.executable, "-m", "finetune", "sweep", "sweep.yaml"]

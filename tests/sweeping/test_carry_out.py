@@ -19,7 +19,7 @@ from finetune.errors import ConfigError, RunInterruptedError
 from finetune.evaluation.results import Change, Figure, Headline, Results
 from finetune.sealed import seal
 from finetune.sweeping.carry_out import carry_out
-from finetune.sweeping.table import RECORD, finished_runs, write_table
+from finetune.sweeping.table import RECORD, finished_runs, require_figures, write_table
 
 
 class Commands:
@@ -169,8 +169,8 @@ def test_an_interruption_says_where_the_sweep_stands(planned: Callable[..., Plan
     assert [line[0] for line in commands.seen] == ["train", "eval", "train", "train", "eval", "train", "eval"]
 
 
-def test_a_figure_that_no_run_has_is_told_with_those_there_are(planned: Callable[..., Planned]) -> None:
+def test_a_figure_that_no_run_has_is_told_after_the_first_with_those_there_are(planned: Callable[..., Planned]) -> None:
     plan, commands = planned(columns=["facts: acuracy"]), Commands(dict.fromkeys(RATES, 1.0))
-    outcomes = carry_out(plan, command=commands)
     with pytest.raises(ConfigError, match="did you mean 'facts: accuracy'"):
-        write_table(plan, outcomes)
+        carry_out(plan, command=commands, check=lambda outcome: require_figures(plan, outcome))
+    assert [line[0] for line in commands.seen] == ["train", "eval"]
