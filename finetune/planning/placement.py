@@ -141,12 +141,13 @@ def place(subject: Subject, machine: Machine) -> Placement:
     setting = setting_of(resolved, machine.kind, world=subject.world, threads=threads, example_tokens=subject.example_tokens)
     is_open = subject.resolved is None and config.train.tokens_per_device == "auto"
     if is_open and machine.kind == "cuda" and setting.strategy == "ddp":
-        tokens = _largest(subject, setting, machine.memory_bytes)
-        reason = f"about what {machine.memory_bytes / 2**30:.0f} GiB hold; measured before the first step"
-        resolved = replace(resolved, tokens_per_device=Choice(tokens, reason))
+        limit = _largest(subject, setting, machine.memory_bytes)
+        reason = "more is no faster" if limit == MOST_TOKENS else f"about what {machine.memory_bytes / 2**30:.0f} GiB hold"
+        resolved = replace(resolved, tokens_per_device=Choice(limit, f"{reason}; measured before the first step"))
     else:
-        # no micro-batch has more than the whole batch, and one example is never cut
-        tokens = min(max(setting.tokens, subject.longest), config.train.batch_size * subject.longest)
+        limit = setting.tokens
+    # no micro-batch has more than the whole batch, and one example is never cut
+    tokens = min(max(limit, subject.longest), config.train.batch_size * subject.longest)
     setting = replace(setting, tokens=tokens, example_tokens=min(setting.example_tokens, tokens))
     memory = estimate_memory(shape, subject.parameters, config, setting)
     return Placement(machine, resolved, setting, memory, floor_memory(shape, subject.parameters, config, setting), copies)
@@ -161,7 +162,7 @@ def _cores(machine: Machine) -> int:
 def _largest(subject: Subject, setting: Setting, room: int) -> int:
     """Tokens of the largest micro-batch that fits, as the measurement on the device would find; one example where none does."""
     least = subject.longest
-    most = max(least, min(MOST_TOKENS, subject.config.train.batch_size * subject.longest))
+    most = max(least, MOST_TOKENS)
 
     def holds(tokens: int) -> bool:
         tried = replace(setting, tokens=tokens, example_tokens=min(setting.example_tokens, tokens))

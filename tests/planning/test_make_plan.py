@@ -171,6 +171,18 @@ def test_an_open_micro_batch_is_the_largest_that_fits(tmp_path: Path) -> None:
             assert make_plan(larger, machine_of_size(size), None).here.memory.total > plan.machine.memory_bytes
 
 
+def test_an_open_micro_batch_has_the_reason_of_what_bounds_it(tmp_path: Path) -> None:
+    """As training measures it, for whatever batch; memory is that of what a whole batch fills of it."""
+    large, small = "model.id=meta-llama/Llama-2-13b-hf", "model.id=meta-llama/Llama-3.2-1B"
+    found = {
+        model: make_plan(config_of(tmp_path, model, "train.batch_size=4"), machine_of_size(40), PREPARED).here for model in (large, small)
+    }
+    assert found[large].resolved.tokens_per_device.reason.startswith("about what 39 GiB hold;")
+    assert found[small].resolved.tokens_per_device.reason.startswith("more is no faster;")
+    assert found[small].limit == MOST_TOKENS > found[large].limit > 4 * 400
+    assert {here.setting.tokens for here in found.values()} == {4 * 400}
+
+
 def test_no_micro_batch_exceeds_the_batch_or_cuts_an_example(tmp_path: Path) -> None:
     stated = config_of(tmp_path, "train.tokens_per_device=16384", "train.batch_size=2")
     assert make_plan(stated, CPU, PREPARED).here.setting.tokens == 2 * 400
