@@ -316,9 +316,9 @@ def load_sweep(path: Path) -> Planned:
 def sweep(planned: Planned, tell: Tell = lambda *_: None) -> tuple[Table, Path | None]:
     """Train and measure what is not there yet of ``planned``; the table of all runs, and the page that compares them."""
     from finetune.sweeping.carry_out import carry_out
-    from finetune.sweeping.table import finished_runs, write_table
+    from finetune.sweeping.table import finished_runs, require_figures, write_table
 
-    table = write_table(planned, carry_out(planned, tell))
+    table = write_table(planned, carry_out(planned, tell, check=lambda outcome: require_figures(planned, outcome)))
     runs = finished_runs(table)
     return table, report(*runs, page=planned.directory / "report.html") if runs else None
 
