@@ -186,7 +186,7 @@ def _gpus(plan: Plan) -> Table:
     columns: dict[str, list[str | Text]] = {
         "GiB": [f"{each.placement.machine.memory_bytes / _GIB:.1f}" for each in plan.candidates],
         "needed": [f"{each.placement.needs / _GIB:.1f}" for each in plan.candidates],
-        "micro-batch": [f"{each.placement.limit:,}" for each in plan.candidates],
+        "micro-batch": [f"{each.placement.setting.tokens:,}" for each in plan.candidates],
         "fits": [Text("yes", style="green") if each.placement.fits else Text("no", style="red") for each in plan.candidates],
         "tokens/s": [f"{each.speed.tokens_per_second:,.0f}" if each.placement.fits else "" for each in plan.candidates],
         "time": [_time(each.cost.seconds) if each.cost and each.placement.fits else "" for each in plan.candidates],

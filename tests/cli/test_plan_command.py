@@ -251,6 +251,7 @@ def test_columns_of_which_nothing_is_known_are_left_out(plan: Callable[..., str]
     heading = next(line for line in shown.splitlines() if line.startswith("on common GPUs"))
     assert heading.split()[3:] == ["GiB", "needed", "micro-batch", "fits", "tokens/s"]
     assert "energy" not in shown
+    assert not re.search(r"^(RTX|A100|H\d).* yes +[\d,]+ +\S", shown, re.M)
 
 
 def test_a_moment_and_a_trace_of_energy_are_not_shown_as_nothing(
