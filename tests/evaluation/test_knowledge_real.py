@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from finetune import api
-from finetune.evaluation.results import Change, Results
+from finetune.evaluation.results import Results
 
-ARM, BINDING = "choice of four, titles of the arm", "binding to its question"
+FACTS = 6
 
 
 def _config(path: Path, answers: str) -> Path:
-    facts = {"source": "builtin:icd10cm", "document_facts": 0, "question_facts": 8, "control_facts": 8, "answers": answers}
+    facts = {"source": "builtin:icd10cm", "document_facts": 0, "question_facts": FACTS, "control_facts": 4, "answers": answers}
     sections = {
         "model": {"id": "builtin:smollm2-135m"},
         "tuning": {"method": "lora", "rank": 8, "alpha": 16},
@@ -31,30 +31,26 @@ def _config(path: Path, answers: str) -> Path:
     return file
 
 
-def _change(results: Results, name: str) -> float:
-    figure = next(figure for figure in results.figures if figure.name == name)
-    return figure.values["tuned"] - figure.values["base"]
-
-
-def _headline(results: Results, measure: str) -> Change:
-    return next(one.change for one in results.headlines if (one.name, one.measure) == ("substance", measure))
+def _values(results: Results, measure: str) -> tuple[float, float, float]:
+    """Of the trained facts: before training, after it on right answers, and on shuffled ones."""
+    values = next(figure.values for figure in results.figures if figure.name == f"all trained facts: {measure}")
+    return values["base"], values["right"], values["shuffled"]
 
 
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.xdist_group("real-run")
 def test_shuffled_answers_teach_style_and_no_substance(tmp_path: Path, train_here: Callable[..., Path]) -> None:
-    right, shuffled = (api.evaluate(train_here(_config(tmp_path, answers))) for answers in ("right", "shuffled"))
-    # titles become familiar either way, whichever term they stand beside
-    for results in (right, shuffled):
-        assert _change(results, "all trained facts: answer loss") < -1.0
-    found = {measure: [_headline(results, measure) for results in (right, shuffled)] for measure in (BINDING, ARM)}
-    assert found[ARM][0].verdict == "better"
-    assert found[ARM][1].verdict != "better"
-    assert found[BINDING][1].verdict != "better"
-    assert found[BINDING][0].difference > found[BINDING][1].difference + 0.3
-    exact = "all trained facts: exact match, teacher-forced"  # a familiar title is right now and then, whichever it is
-    assert _change(right, exact) >= max(0.5, _change(shuffled, exact) + 0.25)
-    for results in (right, shuffled):  # the control stays at chance
-        control = next(f for f in results.figures if f.name == "never trained (control): choice of four, titles of the arm")
-        assert control.changes["tuned"].verdict == "no difference seen with n=8"
+    right, shuffled = (train_here(_config(tmp_path, answers)) for answers in ("right", "shuffled"))
+    results = api.evaluate(right, [shuffled])
+    # Both have read the titles: each is likelier than before, and preferred to titles never read, whichever term it stood beside.
+    base, *tuned = _values(results, "answer loss")
+    assert max(tuned) < base - 1.0
+    assert min(_values(results, "choice of four, near titles")[1:]) > 0.5
+    # Only one has read which title is whose. Of titles that are all familiar it prefers the right one; the other has no way to know it.
+    _, bound, loose = _values(results, "choice of four, titles of the arm")
+    assert bound > 0.5 >= loose
+    _, bound, loose = _values(results, "exact match, teacher-forced")
+    assert bound >= loose + 2 / FACTS
+    _, bound, loose = _values(results, "binding to its question")
+    assert bound > max(loose, 0.0)
