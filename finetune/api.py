@@ -138,8 +138,8 @@ def evaluate(
     from finetune.evaluation.request import evaluation_request
 
     request = evaluation_request([target, *others], overrides, further.get("settings"), base=further.get("base"), name=further.get("name"))
-    if request.replaces is not None:
-        further.get("notice", lambda _: None)(request.replaces)
+    if request.replaces is not None and (notice := further.get("notice")):
+        notice(request.replaces)
     _prepare_process()
     from finetune.evaluation.evaluate import evaluate as measure
 
