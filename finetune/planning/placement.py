@@ -92,9 +92,15 @@ class Placement:
         """Bytes of a device's memory for one process."""
         return self.machine.memory_bytes // self.copies
 
+    @property
+    def least(self) -> int:
+        """Bytes that no setting of the micro-batch goes below. Processes on one CPU may share what they map from the model's file."""
+        shared = self.floor.parts["base"] + self.floor.parts["embeddings"]
+        return shared + (self.floor.total - shared) * self.copies
+
     def is_hopeless(self, swap_bytes: int = 0) -> bool:
         """Whether not even the smallest micro-batch can fit, whatever is estimated rightly or wrongly."""
-        return self.floor.total * self.copies > self.machine.memory_bytes + swap_bytes
+        return self.least > self.machine.memory_bytes + swap_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: bytes, and the size of the micro-batch."""
@@ -104,7 +110,7 @@ class Placement:
             "devices": self.setting.world,
             "memory_bytes": self.machine.memory_bytes,
             "needs_bytes": self.needs,
-            "floor_bytes": self.floor.total * self.copies,
+            "floor_bytes": self.least,
             "fits": self.fits,
             "tokens_per_device": self.setting.tokens,
             "strategy": self.setting.strategy,

@@ -124,9 +124,8 @@ def refuse_hopeless(plan: Plan, swap_bytes: int = 0) -> None:
     here = plan.here
     if not here.is_hopeless(swap_bytes):
         return
-    least = here.floor.total * here.copies
     what = (
-        f"this run cannot fit: weights, gradients, states and the smallest micro-batch take {_gib(least)} of a device, "
+        f"this run cannot fit: weights, gradients, states and the smallest micro-batch take {_gib(here.least)} of a device, "
         f"which has {_gib(here.machine.memory_bytes + swap_bytes)}"
     )
     raise HardwareError(what, where=here.machine.name, fix=fix_of(plan.change, here))

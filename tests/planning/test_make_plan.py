@@ -260,6 +260,8 @@ def test_processes_on_a_cpu_share_its_memory(tmp_path: Path) -> None:
     assert four.needs == 4 * four.memory.total > alone.needs
     assert alone.fits
     assert not four.fits
+    base = four.floor.parts["base"] + four.floor.parts["embeddings"]
+    assert four.least == 4 * alone.least - 3 * base, "what is mapped from the model's file is there once, and no reason to refuse"
     over_nodes = make_plan(config, CPU, None, crowd=Crowd(world=4, on_this_machine=1)).here
     assert over_nodes.needs == over_nodes.memory.total
 
