@@ -246,7 +246,7 @@ def _piece_rows(piece: pyarrow.RecordBatch, where: str, before: int) -> Iterator
         return
     try:
         rows = piece.to_pylist()
-    except (pyarrow.ArrowException, OverflowError, ValueError):  # perhaps of one row alone
+    except (pyarrow.ArrowException, LookupError, OverflowError, ValueError):  # perhaps of one row alone
         rows = [_python_row(piece.slice(index, 1), f"{where} row {before + index + 1}") for index in range(piece.num_rows)]
     nested = [field.name for field in piece.schema if pyarrow.types.is_nested(field.type)]
     for number, values in enumerate(rows, start=before + 1):
@@ -264,7 +264,7 @@ def _python_row(row: pyarrow.RecordBatch, where: str) -> dict[str, Any] | DataEr
     except UnicodeDecodeError as error:
         what = f"not UTF-8 text: byte 0x{error.object[error.start]:02x}"
         return DataError(what, where=where, fix="write the text of this row as UTF-8")
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, LookupError) as error:  # where pytz is there, a zone that it does not know is a KeyError
         return _unknown_zone(row, where) or DataError(
             f"a column cannot be read: {_first_line(error)}", where=where, fix="remove the column, or write it as text"
         )

@@ -45,10 +45,15 @@ def test_usage_errors_exit_2_without_traceback(finetune: Run, arguments: list[st
 
 
 def test_a_directory_that_is_no_run_is_named(finetune: Run, tmp_path: Path) -> None:
-    for arguments in (["eval", tmp_path], ["merge", tmp_path, "-O", tmp_path / "m"], ["report", tmp_path]):
+    wanted = "not a run directory"
+    for arguments, said in (
+        (["eval", tmp_path], "not a run (config.yaml and environment.json), an adapter"),
+        (["merge", tmp_path, "-O", tmp_path / "m"], wanted),
+        (["report", tmp_path], wanted),
+    ):
         done = finetune(*arguments)
         assert done.code == 2, done.err
-        assert "not a run directory" in done.err
+        assert said in done.err
     assert not (tmp_path / "m").exists()
 
 

@@ -75,7 +75,7 @@ def test_a_driver_that_torch_does_not_use_is_told(doctor: Callable[..., str], mo
 
 def test_every_part_of_the_extras_is_known() -> None:
     """Against the package's own metadata: an extra that nobody explains is an extra that nobody installs."""
-    extras = {"quickstart", "eval", "tensorboard", "wandb", "mlflow", "trackio"}
+    extras = {"quickstart", "eval", "png", "tensorboard", "wandb", "mlflow", "trackio"}
     wanted = {
         requirement.split(";")[0].split(">")[0].split("=")[0].strip()
         for requirement in metadata.requires("finetune") or ()
