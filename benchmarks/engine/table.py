@@ -186,7 +186,7 @@ def _gpu(found: dict[str, Any] | None) -> list[str]:
 
 def _variant(results: dict[str, Any], variant: str) -> list[str]:
     runs = [run for run in results["runs"] if run["variant"] == variant]
-    if not runs:
+    if not runs or variant not in results["data"]:  # of other rows, before it was measured on these
         return ["", f"## {variant}", "", "Not measured."]
     totals = results["data"][variant]["train"]
     lines = [
