@@ -32,10 +32,11 @@ from typing import Any
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.hardware import Machine
+from finetune.planning.lookup import find_shape
 from finetune.planning.memory import Memory, estimate_memory, setting_of
 from finetune.planning.parameters import count_parameters
 from finetune.planning.resolve import resolve
-from finetune.planning.shapes import find_shape, read_shape
+from finetune.planning.shapes import read_shape
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "benchmarks" / "plan.json"

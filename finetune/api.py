@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from finetune.runs import RunDirectory
     from finetune.sweeping.carry_out import Tell
     from finetune.sweeping.table import Table
+    from finetune.training.inputs import Inputs
     from finetune.training.metrics import Observer
-    from finetune.training.train import Inputs
 
 __all__ = [
     "analyze",
@@ -80,7 +80,7 @@ def plan(config: Config, *, gpu: int | None = None, devices: int = 1, tokens_per
 def prepare_data(config: Config, progress: Callable[[str, int, int], None] = lambda *_: None) -> Inputs:
     """The renderer, the examples and the report on them, as `train` would see them; ``progress(stage, done, of)`` follows the work."""
     _prepare_process()
-    from finetune.training.train import gather
+    from finetune.training.inputs import gather
 
     return gather(config, progress)
 

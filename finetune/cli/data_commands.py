@@ -16,7 +16,7 @@ from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
     from finetune.cli.preview import Order
-    from finetune.training.train import Inputs
+    from finetune.training.inputs import Inputs
 
 app = typer.Typer(help="See the data as the model will.", no_args_is_help=True)
 

@@ -15,10 +15,11 @@ from finetune.hardware import Machine
 from finetune.planning.fit import MARGIN, Change, Device, smallest_change
 from finetune.planning.gpus import GPUS, Gpu, called
 from finetune.planning.length import DataCounts, Length, length_of
+from finetune.planning.lookup import find_shape
 from finetune.planning.parameters import Parameters, count_parameters
 from finetune.planning.placement import Placement, Subject, machine_of, place
 from finetune.planning.resolve import Resolved
-from finetune.planning.shapes import ModelShape, find_shape
+from finetune.planning.shapes import ModelShape
 from finetune.planning.strategy import Crowd
 from finetune.planning.throughput import Cost, Speed, cost_of, estimated_speed, operations_per_token
 

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from finetune.config.schema import Model
 from finetune.errors import ConfigError
-from finetune.planning import families
-from finetune.planning.config_json import CONFIG, cached_copy, count_tokens, flag, optional_size, read_config, size
+from finetune.planning.config_json import flag, optional_size, size
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 BUILTIN = "builtin:smollm2-135m"
@@ -259,43 +256,3 @@ def _unknown(config: Mapping[str, Any], where: str) -> ConfigError:
         return ConfigError(f"{name} is a mixture of experts, whose shapes this version does not know", where=where, fix=known)
     more = ", which is more than a language model," if "text_config" in config else ""
     return ConfigError(f"the shapes of the architecture {name!r}{more} are not known", where=where, fix=known)
-
-
-# --- from model.id -------------------------------------------------------------------------------------------------------------------
-
-
-def find_shape(model: Model) -> ModelShape:
-    """The shape of ``model``: from its directory, from the table of known models, or from the hub's cache. The network is not asked.
-
-    ConfigError where none of them has it, or the architecture is not known.
-    """
-    if model.id == BUILTIN:
-        return _shipped(families.SMOLLM2_135M)
-    directory = Path(model.id).expanduser()
-    if directory.is_dir():
-        return _of_directory(directory, model)
-    if families.find(model.id) is not None:
-        return _shipped(model.id)
-    if model.id.startswith((".", "/", "~", "builtin:")) or model.id.count("/") > 1:
-        raise ConfigError(f"{model.id!r} is neither a directory nor a hub id", where="model.id", fix="a hub id reads owner/name")
-    cached = cached_copy(model)
-    if cached is None:
-        pinned = f" --revision {model.revision}" if model.revision else ""
-        raise ConfigError(
-            "the shapes of this model are not known: there is no such directory, and no copy in the hub's cache",
-            where=f"model.id: {model.id}",
-            fix=f"with network: hf download {model.id} config.json{pinned}",
-        )
-    return _of_directory(cached, model)
-
-
-def _shipped(model_id: str) -> ModelShape:
-    known = families.find(model_id)
-    assert known is not None
-    return read_shape(known.config, f"the table of known models: {known.ids[0]}", known.tokens)
-
-
-def _of_directory(directory: Path, model: Model) -> ModelShape:
-    # the whole tokenizer has to be read for its length, and only new tokens ask for it
-    tokens = count_tokens(directory) if model.new_tokens else None
-    return read_shape(read_config(directory), str(directory / CONFIG), tokens)

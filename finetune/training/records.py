@@ -27,7 +27,7 @@ from finetune.training.forecast import forecast
 from finetune.training.resume import adjusted, reconcile, session_record, steps_on_disk, stretched
 
 if TYPE_CHECKING:
-    from finetune.training.train import Inputs
+    from finetune.training.inputs import Inputs
 
 _LONGER = "a longer run has more: -o train.epochs=... (or train.max_steps)"
 _PATIENT = "it stopped early: -o train.early_stopping.patience=... --accept train.early_stopping lets it go on"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,22 +15,15 @@ from accelerate.utils import set_seed
 
 from finetune.card import base_license
 from finetune.config.schema import AdaLora, Config
-from finetune.data.counted import note_of, remember
-from finetune.data.prepare import PreparedData, prepare
-from finetune.data.render import Renderer
 from finetune.errors import ConfigError, HardwareError, RunInterruptedError, VerificationError
-from finetune.hardware import crowd_size, detect
 from finetune.model.adalora import plan_ranks
 from finetune.model.adapters import trainable
-from finetune.model.builtin import fingerprint, resolve_model
+from finetune.model.builtin import fingerprint
 from finetune.model.head import causal_model
-from finetune.model.load import load_tokenizer, require_vocabulary
+from finetune.model.load import require_vocabulary
 from finetune.model.packing import enable_packing
 from finetune.model.tokens import token_ids
 from finetune.planning.groups import assign_groups
-from finetune.planning.resolve import Resolved, resolve
-from finetune.planning.steps import Steps, count_steps
-from finetune.planning.strategy import Crowd, read_weights
 from finetune.runs import RunDirectory, locked, open_run, require_free, sweep
 from finetune.scoring import Scorer
 from finetune.sealed import read_json
@@ -48,6 +41,7 @@ from finetune.training.distributed import explained, require_own_launch
 from finetune.training.export import export
 from finetune.training.forecast import announce
 from finetune.training.header import started
+from finetune.training.inputs import Inputs, gather
 from finetune.training.loop import fit
 from finetune.training.metrics import (
     AlreadyFinished,
@@ -72,38 +66,12 @@ from finetune.training.writer import CheckpointWriter
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """What is known before a weight is loaded."""
-
-    base: Path
-    """Directory of the base model."""
-    renderer: Renderer
-    data: PreparedData
-    resolved: Resolved
-    steps: Steps
-
-
-@dataclass(frozen=True, slots=True)
 class Watching:
     """Who looks on while the steps run."""
 
     sampler: Sampler | None
     observer: Observer
     stop: StopRequest
-
-
-def gather(config: Config, progress: Callable[[str, int, int], None] = lambda *_: None) -> Inputs:
-    """Find the model, prepare the data and decide every "auto"; nothing is written but the cache of prepared data.
-
-    ``progress(stage, done, of)`` follows the preparation.
-    """
-    base = resolve_model(config.model.id, config.model.revision)
-    renderer = Renderer(load_tokenizer(base, config.model.new_tokens))
-    note = note_of(config)
-    data = prepare(config.data, renderer, config.seed, progress)
-    remember(note, data.report)
-    crowd = Crowd(read_weights(base), *crowd_size())
-    return Inputs(base, renderer, data, resolve(config, detect(), crowd), count_steps(config, len(data.train)))
 
 
 def train(

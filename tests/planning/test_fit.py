@@ -14,10 +14,10 @@ from finetune.config.schema import Config
 from finetune.hardware import Machine
 from finetune.planning.fit import MARGIN, Change, Device, fits, fits_with_room, smallest_change
 from finetune.planning.gpus import BY_SIZE, GPUS, gpu_of
+from finetune.planning.lookup import find_shape
 from finetune.planning.memory import Memory, Setting, estimate_memory, setting_of
 from finetune.planning.parameters import count_parameters
 from finetune.planning.resolve import resolve
-from finetune.planning.shapes import find_shape
 
 GIB = 2**30
 

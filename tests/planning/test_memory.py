@@ -20,10 +20,10 @@ from finetune.model.head import target_losses
 from finetune.model.load import load_base
 from finetune.planning.activations import arithmetic, kept
 from finetune.planning.groups import assign_groups
+from finetune.planning.lookup import find_shape
 from finetune.planning.memory import PARTS, Memory, Setting, estimate_memory, floor_memory, setting_of
 from finetune.planning.parameters import count_parameters
 from finetune.planning.resolve import resolve
-from finetune.planning.shapes import find_shape
 from finetune.planning.states import state_bytes
 from finetune.training.optimizer import build_optimizer
 

@@ -20,8 +20,9 @@ from finetune.model.methods import Given
 from finetune.model.targets import linear_modules
 from finetune.model.tokens import enlarge
 from finetune.planning.groups import ParameterGroup, assign_groups
+from finetune.planning.lookup import find_shape
 from finetune.planning.parameters import Parameters, count_parameters
-from finetune.planning.shapes import ModelShape, find_shape, read_shape
+from finetune.planning.shapes import ModelShape, read_shape
 from finetune.planning.targets import layer_of
 
 TOKENS = 90

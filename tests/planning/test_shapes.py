@@ -16,7 +16,8 @@ from finetune.config.load import load_config
 from finetune.config.schema import Model
 from finetune.errors import ConfigError
 from finetune.planning.families import KnownModel, known_models
-from finetune.planning.shapes import BUILTIN, find_shape, known_families, read_shape
+from finetune.planning.lookup import find_shape
+from finetune.planning.shapes import BUILTIN, known_families, read_shape
 
 ROOT = Path(__file__).parents[2]
 SIZES = {
@@ -170,7 +171,7 @@ def test_a_directory_without_a_config_is_refused(tmp_path: Path) -> None:
 
 def test_the_shipped_models_need_neither_torch_nor_the_hub() -> None:
     code = (
-        "import sys; from finetune.config.schema import Model; from finetune.planning.shapes import find_shape;"
+        "import sys; from finetune.config.schema import Model; from finetune.planning.lookup import find_shape;"
         "from finetune.planning import parameters;"
         f"assert find_shape(Model(id={BUILTIN!r})).total == 134_515_008;"
         "assert find_shape(Model(id='META-LLAMA/llama-2-7B-hf')).total == 6_738_415_616;"

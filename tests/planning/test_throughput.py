@@ -8,9 +8,9 @@ import pytest
 
 from finetune.config.schema import Config
 from finetune.planning.gpus import gpu_of
+from finetune.planning.lookup import find_shape
 from finetune.planning.memory import Setting
 from finetune.planning.parameters import count_parameters
-from finetune.planning.shapes import find_shape
 from finetune.planning.throughput import cost_of, estimated_speed, measured_speed, operations_per_token, stated_speed
 
 

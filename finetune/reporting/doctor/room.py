@@ -8,9 +8,9 @@ from finetune.config.schema import Config
 from finetune.errors import ConfigError
 from finetune.hardware import Machine
 from finetune.planning.length import DataCounts
+from finetune.planning.lookup import find_shape
 from finetune.planning.parameters import count_parameters
 from finetune.planning.placement import Placement, Subject, place
-from finetune.planning.shapes import find_shape
 from finetune.planning.strategy import Crowd
 from finetune.reporting.doctor.evidence import Evidence
 
