@@ -19,7 +19,11 @@ from finetune.errors import FinetuneError
 
 @pytest.fixture(scope="session")
 def terminal() -> Callable[..., list[str]]:
-    """(arguments, columns, folder, **environment) -> the lines that a terminal of that width shows at the end of the command."""
+    """(arguments, columns, folder, **environment) -> the lines that a terminal of that width shows at the end of the command.
+
+    What asks for plain text (CI, NO_COLOR) comes from ``environment`` alone: these tests run under CI too.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR")}
 
     def run(arguments: list[str], columns: int, folder: Path, **environment: str) -> list[str]:
         leader, follower = pty.openpty()
@@ -28,7 +32,7 @@ def terminal() -> Callable[..., list[str]]:
             stdout=follower,
             stderr=follower,
             stdin=follower,
-            env={**os.environ, "COLUMNS": str(columns), "LINES": "60", "TERM": "xterm-256color", **environment},
+            env={**inherited, "COLUMNS": str(columns), "LINES": "60", "TERM": "xterm-256color", **environment},
             cwd=folder,
         )
         os.close(follower)

@@ -24,7 +24,7 @@ from finetune.errors import ConfigError, DivergedError, FinetuneError, HardwareE
 from finetune.model import computed_start
 from finetune.scoring import Scorer
 from finetune.sealed import read_json, verify
-from finetune.training import build, train
+from finetune.training import build, inputs, train
 from finetune.training import export as exporting
 from finetune.training.metrics import AlreadyFinished, CheckpointDamaged, Event, Started
 
@@ -160,7 +160,7 @@ def test_b2_a_signal_is_seen_in_every_phase(
         sections = {"quantization": {"method": "nf4", "double_quant": False}, "tuning": tuning}
     config = settings(tmp_path / "run", tiny_model_dir, chat_file, **sections)
     owner, name, calls = {
-        "preparation": (train, "prepare", 1),
+        "preparation": (inputs, "prepare", 1),
         "loading": (build, "load_base", 1),
         "loftq": (computed_start, "return_freed_memory", 3),
         "a step": (torch.nn.utils, "clip_grad_norm_", 4),
@@ -508,12 +508,12 @@ def test_b4_the_model_is_built_before_the_processes_wait_for_each_other(
 ) -> None:
     order: list[str] = []
 
-    def noted(name: str) -> Callable[..., Any]:
-        real = getattr(train, name)
+    def noted(owner: object, name: str) -> Callable[..., Any]:
+        real = getattr(owner, name)
         return lambda *rest, **options: (order.append(name), real(*rest, **options))[1]
 
-    for name in ("prepare", "build_model", "fingerprint", "Accelerator"):
-        monkeypatch.setattr(train, name, noted(name))
+    for owner, name in ((inputs, "prepare"), (train, "build_model"), (train, "fingerprint"), (train, "Accelerator")):
+        monkeypatch.setattr(owner, name, noted(owner, name))
     go(settings(tmp_path / "run", tiny_model_dir, chat_file, train={**TRAIN, "max_steps": 1}))
     assert order[-1] == "Accelerator"
     assert {"prepare", "build_model", "fingerprint"} <= set(order[:-1])
