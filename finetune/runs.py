@@ -4,7 +4,7 @@
       config.yaml  environment.json  plan.json  metrics.jsonl  report.html  doctor.json
       checkpoints/step-00000100/{adapter_model.safetensors, adapter_config.json, optimizer.safetensors, state.json, MANIFEST.json}
       adapter/     final (or best) adapter, tokenizer and chat template; model/ after full tuning
-      eval/*.json
+      eval/*.json  figures; eval/items/*.json what they were summed from
 
 Checkpoints, adapters and models are sealed directories (`finetune.sealed`): one without a valid manifest does not exist for any command.
 """
@@ -117,6 +117,11 @@ class RunDirectory:
     def evaluations(self) -> Path:
         """Results of `finetune eval`."""
         return self.path / "eval"
+
+    @property
+    def results(self) -> Path:
+        """Of these, the one that other commands read: what the run's own evaluation settings found."""
+        return self.evaluations / "results.json"
 
     @property
     def report(self) -> Path:

@@ -46,8 +46,8 @@ CAUTIONS = f"""\
   highest rate, a better one may lie beyond.
 - The best of three rates is chosen by the figure that is then shown, which favours every arm a little, and noisy ones most.
 - "Forgets less" is only said of two runs that learned alike (within {MATCHED:.0%}), never of arms each at some rate.
-- Two runs are compared as if on different facts, though they had the same: differences smaller than these intervals may be real. Of the
-  {{claims}} claims, one in twenty would look like a difference by chance alone.
+- Two runs are compared on the same facts, drawn together. The intervals are over facts: what another seed, another order or other
+  wordings would change is in none of them. Of the {{claims}} claims, one in twenty would look like a difference by chance alone.
 - A change is measured against the run's own base. For NF4 that is the quantized model, for LoftQ the one it starts from: what quantization
   itself costs is in the column *base*, not under *forgotten*.
 - Reading titles makes them likelier whichever name they stand beside, so the loss of answers falls with shuffled answers too. *Learned* is

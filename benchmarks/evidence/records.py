@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetune.config.sweep import Case, Planned
-from finetune.evaluation.conclusions import BINDING, TRAINED
+from finetune.evaluation.comparison import Measurement
+from finetune.evaluation.conclusions import ASKED, BINDING, CONTROL, GAP, HEADLINES, READ, STYLE, SUBSTANCE, TRAINED, contrasts
+from finetune.evaluation.items import as_items, from_items, read_items
 from finetune.evaluation.knowledge import LABELS
+from finetune.evaluation.statistics import Sampled, sampled_change
 from finetune.runs import RunDirectory
 from finetune.sweeping.table import Row, Table
 
@@ -19,16 +22,24 @@ _NORMAL = 1.959964
 """Standard errors in half of a 95 % interval."""
 
 FIGURES = {
-    "learned": f"substance: {BINDING}",
-    "learned, by loss": "substance: answer loss",
-    "learned, by choice": "substance: choice of four, titles of the arm",
-    "style": "style: answer loss",
+    "learned": f"{SUBSTANCE}: {BINDING}",
+    "learned, by loss": f"{SUBSTANCE}: answer loss",
+    "learned, by choice": f"{SUBSTANCE}: choice of four, titles of the arm",
+    "style": f"{STYLE}: answer loss",
     "memory": f"{TRAINED}, {LABELS['memory']}: {BINDING}",
-    "gap": f"extraction gap: {BINDING}",
+    "gap": f"{GAP}: {BINDING}",
     "forgotten": "general text: loss",
 }
 """Column of the page -> what `finetune eval` calls it. All are changes from the run's own base. The page's efficiency is made from two of
 them: that of `finetune eval` is by answer loss, which shuffled answers lower too."""
+_KEPT = {
+    FIGURES["memory"],
+    FIGURES["forgotten"],
+    *(f"{arm}: {measure}" for arm in (TRAINED, ASKED, READ, CONTROL) for measure in HEADLINES),
+}
+"""Figures whose sums by fact are kept, which pair one run with another."""
+_ITS_OWN = 99
+"""Group of the figures that are no contrast: of one figure the draws are the same in every run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +49,8 @@ class Number:
     value: float
     low: float
     high: float
+    sampled: Sampled | None = field(default=None, compare=False, repr=False)
+    """Its resamples; None where what it was summed from is not kept."""
 
     @property
     def error(self) -> float:
@@ -50,10 +63,14 @@ class Number:
         return (self.low > 0) - (self.high < 0)
 
     def less(self, other: Number) -> Number:
-        """The difference as if the two had been measured on different items.
+        """The difference: paired, the same facts drawn for both, where what the two were summed from is kept.
 
-        They were measured on the same ones, which are kept with neither, so the interval is too wide rather than too narrow.
+        Without that, as if they had been measured on different facts, which makes the interval too wide rather than too narrow.
         """
+        if self.sampled is not None and other.sampled is not None:
+            paired = self.sampled - other.sampled
+            if paired.interval is not None:
+                return Number(paired.value, *paired.interval, paired)
         half = _NORMAL * math.hypot(self.error, other.error)
         return Number(self.value - other.value, self.value - other.value - half, self.value - other.value + half)
 
@@ -106,20 +123,27 @@ def _record(case: Case, row: Row) -> dict[str, Any]:
         return found
     run = RunDirectory(case.run)
     made = json.loads(run.environment.read_text(encoding="utf-8"))
-    measured = json.loads((run.evaluations / "results.json").read_text(encoding="utf-8"))
+    measured = json.loads(run.results.read_text(encoding="utf-8"))
     kept = {key: measured[key] for key in ("systems", "figures", "headlines", "notes")}
+    items = {task: {name: _only_kept(one) for name, one in systems.items()} for task, systems in read_items(run.results).items()}
     # Not `machine` and `record` whole: they name directories and systems that say nothing about the figures.
     machine = {key: made["machine"][key] for key in ("kind", "name", "bf16")}
     training = {"tokens": row.tokens, "step_seconds": row.seconds, "evaluation_seconds": measured["seconds"]}
-    return {**found, "machine": machine, "versions": made["versions"], "training": training, **kept}
+    return {**found, "machine": machine, "versions": made["versions"], "training": training, **kept, "items": as_items(items)}
+
+
+def _only_kept(measurement: Measurement) -> Measurement:
+    return Measurement(tuple(one for one in measurement.quantities if one.name in _KEPT))
 
 
 def read(cases: Sequence[Case], folder: Path) -> tuple[Run, ...]:
     """Every run of ``cases`` with what ``folder`` holds of it."""
-    return tuple(_run(case, folder / f"{case.run.name}.json") for case in cases)
+    asked: dict[str, Any] = {}
+    return tuple(_run(case, folder / f"{case.run.name}.json", asked) for case in cases)
 
 
-def _run(case: Case, path: Path) -> Run:
+def _run(case: Case, path: Path, asked: dict[str, Any]) -> Run:
+    """``asked``: what the first run that was measured was asked, by figure; filled by it."""
     if not path.is_file():
         return Run(case, {}, None, "not measured")
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -127,9 +151,12 @@ def _run(case: Case, path: Path) -> Run:
         return Run(case, {}, None, "not measured: its file is of a run with other settings")
     if found["failure"]:
         return Run(case, {}, None, found["failure"])
+    facts = {name: kept["clusters"] for figures in found["items"].values() for name, kept in figures.items()}
+    if any(asked.setdefault(name, clusters) != clusters for name, clusters in facts.items()):
+        return Run(case, {}, None, "not measured: its file is of a run that was asked about other facts")
     base, tuned = found["systems"][:2]
-    changes = dict(_changes(found, tuned))
-    numbers = {column: number for column, name in FIGURES.items() if (number := _number(changes.get(name)))}
+    changes, sampled = dict(_changes(found, tuned)), _sampled(found, base, tuned)
+    numbers = {column: number for column, name in FIGURES.items() if (number := _number(changes.get(name), sampled.get(column)))}
     if "learned" in numbers and "forgotten" in numbers and numbers["forgotten"].sign > 0:  # else it would be a ratio to zero
         numbers["efficiency"] = numbers["learned"].over(numbers["forgotten"]).times(0.01)
     general = next((figure["values"][base] for figure in found["figures"] if figure["name"] == FIGURES["forgotten"]), None)
@@ -137,6 +164,20 @@ def _run(case: Case, path: Path) -> Run:
     training = found["training"]
     seconds = training["step_seconds"] + training["evaluation_seconds"]
     return Run(case, numbers, general, "", training["tokens"], seconds, f"{found['machine']['name']}; {versions}")
+
+
+def _sampled(found: Mapping[str, Any], base: str, tuned: str) -> dict[str, Sampled]:
+    """Column -> its resamples, drawn from the facts in the same way for every run."""
+    numbers: dict[str, Sampled] = {}
+    for systems in from_items(found["items"]).values():
+        before, after = systems[base], systems[tuned]
+        changes = {f"{name}: {one}": number for one in HEADLINES for name, number in contrasts(one, before, after).items()}
+        for quantity in before.quantities:
+            later = after.named(quantity.name)
+            if later is not None:
+                changes[quantity.name] = sampled_change(quantity, later, _ITS_OWN)
+        numbers |= {column: changes[name] for column, name in FIGURES.items() if name in changes}
+    return numbers
 
 
 def _changes(found: Mapping[str, Any], tuned: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -148,8 +189,8 @@ def _changes(found: Mapping[str, Any], tuned: str) -> Iterator[tuple[str, Mappin
             yield f"{one['name']}: {one['measure']}", one["change"]
 
 
-def _number(change: Mapping[str, Any] | None) -> Number | None:
+def _number(change: Mapping[str, Any] | None, sampled: Sampled | None) -> Number | None:
     """None where nothing was measured, or on too few facts for an interval."""
     if change is None or change["low"] is None:
         return None
-    return Number(change["difference"], change["low"], change["high"])
+    return Number(change["difference"], change["low"], change["high"], sampled)

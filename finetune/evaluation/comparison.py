@@ -22,6 +22,19 @@ class Measurement:
         return next((one for one in self.quantities if one.name == name), None)
 
 
+def alike(name: str, measured: dict[str, Measurement], notes: list[str]) -> dict[str, Measurement]:
+    """Only what was measured of every model, such as of those that have a chat template; what is left out is noted."""
+    wanted = [[one.name for one in found.quantities] for found in measured.values()]
+    shared = [one for one in wanted[0] if all(one in names for names in wanted)]
+    left = sorted({one for names in wanted for one in names} - set(shared))
+    if left:
+        notes.append(f"{name}: not measured of every model, and left out: {', '.join(left)}")
+    return {
+        column: Measurement(tuple(one for quantity in shared if (one := found.named(quantity)) is not None), found.answers)
+        for column, found in measured.items()
+    }
+
+
 def side_by_side(task: str, measured: Mapping[str, Measurement]) -> tuple[list[Figure], list[Sample]]:
     """Join the measurements of all systems, the first of which is what the others are held against."""
     first = next(iter(measured.values()))

@@ -21,6 +21,7 @@ TRAINED, ASKED, READ, CONTROL = (
 )
 """The arms, as figures name them."""
 
+STYLE, SUBSTANCE, GAP = "style", "substance", "extraction gap"
 BINDING = "binding to its question"
 HEADLINES = ("answer loss", BINDING, "choice of four, titles of the arm")
 """The figures that conclusions are drawn from. Training makes titles familiar, whichever term they stand beside, and that alone lowers the
@@ -41,19 +42,28 @@ def headlines(measured: Mapping[str, Mapping[str, Measurement]]) -> tuple[Headli
 
 
 def _conclusions(system: str, measure_name: str, before: Measurement, after: Measurement) -> Iterator[Headline]:
-    changes = [_arm_change(arm, measure_name, before, after) for arm in (TRAINED, CONTROL, ASKED, READ)]
-    trained, control, asked, read = changes
-    quantity = before.named(f"{CONTROL}: {measure_name}")
-    if quantity is None:
-        return
     aim = "lower" if measure_name == "answer loss" else "higher"
-    for name, better, number in (
-        ("style", "same", control),
-        ("substance", aim, trained - control if trained and control else None),
-        ("extraction gap", aim, asked - read if asked and read else None),
-    ):
-        if number:
-            yield Headline(name, measure_name, quantity.unit, better, system, _stated(number, better))
+    for name, number in contrasts(measure_name, before, after).items():
+        quantity = before.named(f"{CONTROL}: {measure_name}")
+        better = "same" if name == STYLE else aim
+        yield Headline(name, measure_name, quantity.unit if quantity else "", better, system, _stated(number, better))
+
+
+def contrasts(measure_name: str, before: Measurement, after: Measurement) -> dict[str, Sampled]:
+    """Style, substance and extraction gap, those of which were measured, between two systems.
+
+    Every arm is drawn from a seed of its own, so that two runs which were asked about the same facts are drawn alike: the difference of
+    their contrasts is a paired one.
+    """
+    trained, control, asked, read = (_arm_change(arm, measure_name, before, after) for arm in (TRAINED, CONTROL, ASKED, READ))
+    if control is None:
+        return {}
+    found = {STYLE: control}
+    if trained:
+        found[SUBSTANCE] = trained - control
+    if asked and read:
+        found[GAP] = asked - read
+    return found
 
 
 def _arm_change(arm: str, measure_name: str, before: Measurement, after: Measurement) -> Sampled | None:

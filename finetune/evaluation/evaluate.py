@@ -29,8 +29,9 @@ from finetune.data.render import Example, Renderer
 from finetune.data.stored import load_rows
 from finetune.errors import ConfigError, VerificationError
 from finetune.evaluation import choices_task, forgetting, generate_task, harness, knowledge, loss_task
-from finetune.evaluation.comparison import Measurement, side_by_side
+from finetune.evaluation.comparison import Measurement, alike, side_by_side
 from finetune.evaluation.conclusions import headlines
+from finetune.evaluation.items import Measured, write_items
 from finetune.evaluation.measured_rows import identity
 from finetune.evaluation.request import Request
 from finetune.evaluation.results import Figure, Results, Sample
@@ -71,6 +72,10 @@ class _Gathered:
     """Identity of a base -> its column."""
     tokenizers: set[str] = field(default_factory=set)
 
+    def systems(self, request: Request) -> tuple[str, ...]:
+        """The columns: bases, then targets."""
+        return (*self.bases.values(), *column_names(request.targets).values())
+
 
 def evaluate(request: Request, progress: Progress = lambda *_: None) -> Results:
     """Measure every task for every target and its base; kept in ``request.destination`` with all that is needed to repeat it."""
@@ -90,8 +95,11 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Results:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    results = _results(request, tasks, gathered, time.perf_counter() - began)
-    request.destination.parent.mkdir(parents=True, exist_ok=True)
+    seconds = time.perf_counter() - began
+    names = gathered.systems(request)
+    measured = {name: alike(name, {column: gathered.measured[name][column] for column in names}, gathered.notes) for name in tasks}
+    record = {**_record(request, tasks, gathered.records), "items": write_items(request.destination, measured)}
+    results = _results(request, tasks, gathered, measured, (seconds, record))
     write_json(request.destination, results.as_dict())
     return results
 
@@ -228,45 +236,31 @@ def _require_tokenizer(renderer: Renderer, materials: _Materials, column: str) -
 # --- afterwards ----------------------------------------------------------------------------------------------------------------------
 
 
-def _results(request: Request, tasks: Mapping[str, Task], gathered: _Gathered, seconds: float) -> Results:
-    names = [*gathered.bases.values(), *column_names(request.targets).values()]
+def _results(
+    request: Request, tasks: Mapping[str, Task], gathered: _Gathered, measured: Measured, about: tuple[float, dict[str, Any]]
+) -> Results:
+    """``about``: how long it took in seconds, and the record."""
     if len(gathered.tokenizers) > 1:
         gathered.notes.append("the models have different tokenizers: nats a token of one cannot be compared with those of another")
     figures: list[Figure] = []
     samples: list[Sample] = []
-    everything: dict[str, dict[str, Measurement]] = {}
     for name, task in tasks.items():
-        measured = _alike(name, {column: gathered.measured[name][column] for column in names}, gathered.notes)
-        everything[task.task] = measured
-        found = _joined(name, task, measured)
+        found = _joined(name, task, measured[name])
         figures += found[0]
         samples += found[1]
     return Results(
         str(request.targets[0].path if request.targets[0].kind == "run" else request.targets[0].word),
-        tuple(names),
+        gathered.systems(request),
         tuple(figures),
         tuple(samples),
-        seconds,
+        about[0],
         tuple(gathered.notes),
-        headlines(everything),
-        record=_record(request, tasks, gathered.records),
+        headlines({task.task: measured[name] for name, task in tasks.items()}),
+        record=about[1],
     )
 
 
-def _alike(name: str, measured: dict[str, Measurement], notes: list[str]) -> dict[str, Measurement]:
-    """Only what was measured of every model, such as of those that have a chat template; what is left out is noted."""
-    wanted = [[one.name for one in found.quantities] for found in measured.values()]
-    shared = [one for one in wanted[0] if all(one in names for names in wanted)]
-    left = sorted({one for names in wanted for one in names} - set(shared))
-    if left:
-        notes.append(f"{name}: not measured of every model, and left out: {', '.join(left)}")
-    return {
-        column: Measurement(tuple(one for quantity in shared if (one := found.named(quantity)) is not None), found.answers)
-        for column, found in measured.items()
-    }
-
-
-def _joined(name: str, task: Task, measured: dict[str, Measurement]) -> tuple[list[Figure], list[Sample]]:
+def _joined(name: str, task: Task, measured: Mapping[str, Measurement]) -> tuple[list[Figure], list[Sample]]:
     try:
         return side_by_side(task.task, measured)
     except ValueError as error:

@@ -134,7 +134,7 @@ def _meaning(code: int) -> str:
 
 def _is_measured(run: RunDirectory) -> bool:
     """Whether the figures are those of the result that lies there: a run that was made longer is measured again."""
-    results, result = run.evaluations / "results.json", run.trained()
+    results, result = run.results, run.trained()
     return results.is_file() and result is not None and results.stat().st_mtime >= (result / "MANIFEST.json").stat().st_mtime
 
 

@@ -96,7 +96,7 @@ def _figures(run: RunDirectory) -> Iterator[tuple[str, Shown]]:
     losses = [row["validation_loss"] for row in _metrics(run) if row["kind"] == "evaluation"]
     if losses:  # the adapter that a run leaves is that of its best evaluation
         yield VALIDATION_LOSS, Shown(min(losses), None, None, None, _LOWER)
-    results = run.evaluations / "results.json"
+    results = run.results
     if not results.is_file():
         return
     found = read_json(results)

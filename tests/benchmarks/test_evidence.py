@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from benchmarks.evidence import page, records
 from benchmarks.evidence.__main__ import write
 from benchmarks.evidence.claims import by_arm, matched, verdicts
 from benchmarks.evidence.records import FIGURES, Number, Run
 from finetune.config.sweep import Case, Planned, load_sweep
+from finetune.evaluation.comparison import Measurement
+from finetune.evaluation.conclusions import ASKED, BINDING, CONTROL, READ, SUBSTANCE, TRAINED, contrasts
+from finetune.evaluation.items import as_items, write_items
+from finetune.evaluation.statistics import mean
 from finetune.sweeping.table import Row, Table
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +54,7 @@ def _file(case: Case, changes: Mapping[str, tuple[float, float]]) -> dict[str, A
         "figures": figures,
         "headlines": headlines,
         "notes": [],
+        "items": {},
     }
 
 
@@ -87,6 +94,46 @@ def test_differences_of_two_runs_have_the_interval_of_independent_numbers() -> N
     assert ratio.value == pytest.approx(0.04)
     assert (ratio.high - ratio.value) / ratio.value == pytest.approx((0.15**2 + 0.2**2) ** 0.5)  # relative errors of both
     assert (difference.sign, Number(0, -1, 1).sign, Number(-2, -3, -1).sign) == (1, 0, -1)
+
+
+def _asked(gain: float, seed: int, first: int = 0) -> Measurement:
+    """Binding of 14 + 14 trained facts, which gained ``gain``, and 20 that gained nothing; facts differ by far more than systems do."""
+    hard = np.random.default_rng(9).normal(0.0, 2.0, 48)
+    noise = np.random.default_rng(seed).normal(0.0, 0.1, 48)
+    found = hard + noise + np.where(np.arange(48) < 28, gain, 0.0)
+    arms = {TRAINED: slice(0, 28), ASKED: slice(0, 14), READ: slice(14, 28), CONTROL: slice(28, 48)}
+    codes = np.arange(first, first + 48)
+    kept = [mean(f"{arm}: {BINDING}", "nats/token", "higher", found[part], codes[part]) for arm, part in arms.items()]
+    return Measurement((*kept, mean("all trained facts, the code: answer loss", "nats/token", "lower", found[:28], codes[:28])))
+
+
+def _with_items(case: Case, gain: float, seed: int, first: int = 0) -> dict[str, Any]:
+    """A run's file with what its figures were summed from; its base was as good at everything as the others' were."""
+    base, tuned = _asked(0.0, 0, first), _asked(gain, seed, first)
+    learned = contrasts(BINDING, base, tuned)[SUBSTANCE].value
+    return _file(case, {"learned": (learned, 0.1)}) | {"items": as_items({"knowledge": {"base": base, "tuned": tuned}})}
+
+
+def test_runs_that_were_asked_about_the_same_facts_are_compared_fact_by_fact(planned: Planned, tmp_path: Path) -> None:
+    cases = [case for case, _ in planned.cases][:3]
+    for case, (gain, seed, first) in zip(cases, ((1.0, 1, 0), (0.7, 2, 0), (0.7, 2, 7)), strict=True):
+        (tmp_path / f"{case.run.name}.json").write_text(json.dumps(_with_items(case, gain, seed, first)))
+    one, other, third = records.read(cases, tmp_path)
+    assert "other facts" in third.why_not
+    difference = one.numbers["learned"].less(other.numbers["learned"])
+    # A difference of means over the same facts, the two arms apart: its standard error by the formula for paired samples.
+    gaps = {arm: _gaps(arm) for arm in (TRAINED, CONTROL)}
+    error = sum(gap.var(ddof=1) / len(gap) for gap in gaps.values()) ** 0.5
+    assert difference.value == pytest.approx(gaps[TRAINED].mean() - gaps[CONTROL].mean(), abs=1e-6)
+    assert difference.error == pytest.approx(error, rel=0.12)
+    assert difference.sign == 1
+
+
+def _gaps(arm: str) -> NDArray[np.float64]:
+    one, other = (_asked(gain, seed).named(f"{arm}: {BINDING}") for gain, seed in ((1.0, 1), (0.7, 2)))
+    assert one is not None
+    assert other is not None
+    return one.numerators - other.numerators
 
 
 def test_every_verdict_follows_from_the_numbers(planned: Planned, tmp_path: Path) -> None:
@@ -168,7 +215,9 @@ def test_what_a_run_left_is_copied_without_names_of_this_machine_and_old_files_g
     environment = {"machine": {"kind": "cpu", "name": "n", "bf16": True, "devices": 2}, "versions": {"torch": "2"}, "system": "a host"}
     (run / "environment.json").write_text(json.dumps(environment))
     content = _file(case, {"learned": (1.0, 0.1)})
-    (run / "eval" / "results.json").write_text(json.dumps({**content, "run": str(run), "record": {"at": str(run)}, "seconds": 4.0}))
+    digest = write_items(run / "eval" / "results.json", {"knowledge": {"base": _asked(0.0, 0), "tuned": _asked(1.0, 1)}})
+    record = {"at": str(run), "items": digest}
+    (run / "eval" / "results.json").write_text(json.dumps({**content, "run": str(run), "record": record, "seconds": 4.0}))
     here = Case(case.arm, case.settings, run)
     rows = (
         Row(case.run.name, case.arm, case.settings, str(run), None, {}, 70, 3.0),
@@ -183,5 +232,7 @@ def test_what_a_run_left_is_copied_without_names_of_this_machine_and_old_files_g
     assert str(tmp_path) not in kept
     assert "a host" not in kept
     first, second = records.read([case, failed], folder)
+    assert first.numbers["learned"].sampled is not None
+    assert "code" not in kept  # figures that the page does not need
     assert (first.numbers["learned"].value, first.tokens, first.seconds) == (1.0, 70, 7.0)
     assert second.why_not == "training: it diverged"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune import api
 from finetune.errors import ConfigError, VerificationError
+from finetune.evaluation.items import read_items
 from finetune.evaluation.results import Results
 from finetune.evaluation.targets import column_names, find_targets
 from finetune.sealed import seal
@@ -127,6 +128,10 @@ def test_an_adapter_without_its_run_is_measured_as_in_it(run: Path, adapter: Pat
 
 def test_models_share_the_rows_of_the_run_and_bases_that_are_equal_are_one(run: Path, adapter: Path, tiny_model_dir: Path) -> None:
     results = api.evaluate(tiny_model_dir, [run, adapter], name="together")
+    kept = read_items(Path(results.record["kept"]))
+    summed = {(one.name, name): one.value for systems in kept.values() for name, found in systems.items() for one in found.quantities}
+    shown = {(one.name, name): value for one in results.figures for name, value in one.values.items()}
+    assert summed == pytest.approx(shown)
     assert results.systems == ("base", tiny_model_dir.name, "first", "moved")
     assert value(results, "validation: loss", "first") == pytest.approx(value(results, "validation: loss", "moved"), abs=1e-5)
     assert value(results, "validation: loss", "base") != value(results, "validation: loss", tiny_model_dir.name)  # NF4, and not

@@ -15,7 +15,6 @@ from finetune.reporting.doctor.findings import State
 from finetune.runs import RunDirectory
 from finetune.sealed import read_json
 
-_RESULTS = "results.json"
 _BUILTIN_CONTEXT = 8192
 """Of SmolLM2-135M (its config.json: max_position_embeddings)."""
 
@@ -221,7 +220,7 @@ def _context(config: Config) -> int | None:
 
 
 def _figures(run: RunDirectory) -> tuple[Mapping[str, Any], ...] | str:
-    path = run.evaluations / _RESULTS
+    path = run.results
     if not path.is_file():
         return f"it was not evaluated: finetune eval {run.path}"
     return tuple(read_json(path)["figures"])
