@@ -27,6 +27,9 @@ from finetune.runs import RunDirectory
 from finetune.scoring import Scorer
 from finetune.sealed import read_json, sha256_of
 
+_FULL = torch.float32
+"""Weights that were all tuned."""
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
@@ -52,6 +55,11 @@ class FinishedRun:
         return storage_dtype(self.config.quantization, self.resolved)
 
     @property
+    def base_dtype(self) -> torch.dtype:
+        """What the weights of `untrained` are in: after full tuning, as the tuned ones."""
+        return _FULL if isinstance(self.config.tuning, Full) else self.dtype
+
+    @property
     def loftq(self) -> bool:
         """Whether the adapter started from LoftQ instead of zero."""
         return isinstance(self.config.tuning, Lora) and isinstance(self.config.tuning.init, LoftqInit)
@@ -64,7 +72,8 @@ class FinishedRun:
         """The model before its first step, as (model, context to use it in): the tuned one with its adapter set back, or a second copy."""
         if not isinstance(self.config.tuning, Full):
             return self.model, lambda: before_training(self.model, self.directory, loftq=self.loftq)
-        base = _untuned(self.config, self.base, self.dtype, self.device, self.renderer)
+        # in the type that the tuned weights are loaded in: else what rounding does would pass for what was learned
+        base = _untuned(self.config, self.base, self.dtype, self.device, self.renderer).to(self.base_dtype)
         return _as_trained(base, self.config), nullcontext
 
 
@@ -88,7 +97,7 @@ def load_run(run: RunDirectory, config: Config) -> FinishedRun:
     renderer = Renderer(load_tokenizer(directory))  # with the tokens that were added
     dtype = storage_dtype(config.quantization, resolved)
     if isinstance(config.tuning, Full):
-        model = load_base(directory, NoQuantization(), torch.float32, device)  # as it was trained and stored
+        model = load_base(directory, NoQuantization(), _FULL, device)  # as it was trained and stored
     else:
         model = _untuned(config, base, dtype, device, renderer)
         if isinstance(config.tuning, Lora) and isinstance(config.tuning.init, LoftqInit):

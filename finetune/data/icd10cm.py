@@ -24,6 +24,8 @@ from finetune.errors import DataError
 Arm = Literal["documents", "questions", "control"]
 
 ARMS: tuple[Arm, ...] = ("documents", "questions", "control")
+RIVALS = 3
+"""Wrong answers from the same arm that a question offers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,12 @@ def facts(settings: Icd10cm) -> tuple[Fact, ...]:
     drawn = _draw(sorted(pool), total, settings.seed)
     arms = dict(zip(drawn, _deal(wanted), strict=True))
     return tuple(Fact(code, *pool[code], arm=arms[code]) for code in sorted(drawn))
+
+
+def peers(fact: Fact, drawn: Iterable[Fact]) -> list[Fact]:
+    """The other facts of its arm among ``drawn``, those of its chapter first: the answers to the first ones are its rivals."""
+    found = [other for other in drawn if other.arm == fact.arm and other.code != fact.code]
+    return sorted(found, key=lambda other: (other.code[0] != fact.code[0], order(fact.code, other.code)))
 
 
 def spare(settings: Icd10cm, count: int) -> tuple[tuple[str, str], ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune.config.data import Icd10cm
-from finetune.data.icd10cm import Fact, facts, spare
+from finetune.data.icd10cm import RIVALS, Fact, facts, peers, spare
 from finetune.data.icd10cm_codes import code_itself, excluded_from, group_of, nearest, order, term_of, title_of
 from finetune.data.icd10cm_rows import DOCUMENT_TEMPLATES, PAGE_PROMPT
 
@@ -99,9 +99,7 @@ def _question(fact: Fact, wording: int, drawn: Sequence[Fact], kind: Kind) -> Qu
     answer = form.of_fact(fact)
     near = [value for value in nearest(fact.code, form.said) if value != answer][:3]
     choices = sorted((answer, *near), key=lambda value: order(f"{fact.code}/{wording}", value))
-    peers = [other for other in drawn if other.arm == fact.arm and other.code != fact.code]
-    peers.sort(key=lambda other: (other.code[0] != fact.code[0], order(fact.code, other.code)))
-    rivals = dict.fromkeys(value for value in map(form.of_fact, peers) if value != answer)
+    rivals = dict.fromkeys(value for value in map(form.of_fact, peers(fact, drawn)) if value != answer)
     words = {"term": fact.term, "title": fact.title}
     return Question(
         fact=fact,
@@ -109,7 +107,7 @@ def _question(fact: Fact, wording: int, drawn: Sequence[Fact], kind: Kind) -> Qu
         prompt=({"role": "user", "content": form.wordings[wording].format(**words)},),
         answer=answer,
         choices=(choices[0], choices[1], choices[2], choices[3]),
-        rivals=tuple(rivals)[:3],
+        rivals=tuple(rivals)[:RIVALS],
         kind=kind,
         opening=form.opening.format(**words),
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.config.data import Icd10cm, Relation
 from finetune.data.general import replay_passages
-from finetune.data.icd10cm import Fact, facts
+from finetune.data.icd10cm import ARMS, RIVALS, Fact, facts, peers
 from finetune.data.icd10cm_codes import excluded_from, group_of, order
 from finetune.errors import DataError
 
@@ -71,12 +71,34 @@ def training_rows(settings: Icd10cm) -> list[Row]:
 
 
 def _shuffled(trained: Sequence[Fact], seed: int) -> list[Fact]:
-    """Every fact with the title of another, so that style can be learned and nothing true."""
-    if len(trained) < 2:
-        raise DataError("answers of one fact cannot be shuffled", where="builtin:icd10cm", fix="raise document_facts or question_facts")
-    ring = sorted(trained, key=lambda fact: order(f"{seed}/shuffled", fact.code))
-    titles = {fact.code: after.title for fact, after in zip(ring, [*ring[1:], ring[0]], strict=True)}
+    """Every fact with the title of another of its arm, so that style can be learned and nothing true.
+
+    Within an arm, each title is read as often as before. A title that a question will offer as a rival is not given to its fact where that
+    can be avoided: it would be learned as the wrong answer, and substance would seem to be lost.
+    """
+    titles: dict[str, str] = {}
+    for arm in ARMS:
+        ring = sorted((fact for fact in trained if fact.arm == arm), key=lambda fact: order(f"{seed}/shuffled", fact.code))
+        if len(ring) == 1:
+            raise DataError(
+                "answers of one fact cannot be shuffled", where="builtin:icd10cm", fix="have two document_facts and question_facts, or none"
+            )
+        by_code = {fact.code: fact.title for fact in ring}
+        titles |= {code: by_code[other] for code, other in _exchanged(ring).items()}
     return [replace(fact, title=titles[fact.code]) for fact in trained]
+
+
+def _exchanged(ring: Sequence[Fact]) -> dict[str, str]:
+    """Code -> code of the fact whose title it gets: the next one's, but for exchanges of two that rid one of a rival."""
+    codes = [fact.code for fact in ring]
+    never = {fact.code: {fact.code, *(rival.code for rival in peers(fact, ring)[:RIVALS])} for fact in ring}
+    given = dict(zip(codes, [*codes[1:], *codes[:1]], strict=True))
+    for code in codes:
+        if given[code] in never[code]:
+            fits = (other for other in codes if given[other] not in never[code] and given[code] not in never[other])
+            other = next(fits, code)
+            given[code], given[other] = given[other], given[code]
+    return given
 
 
 def _pages(trained: Sequence[Fact], seed: int) -> Iterator[Row]:

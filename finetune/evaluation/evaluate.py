@@ -98,8 +98,8 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Results:
     seconds = time.perf_counter() - began
     names = gathered.systems(request)
     measured = {name: alike(name, {column: gathered.measured[name][column] for column in names}, gathered.notes) for name in tasks}
-    record = {**_record(request, tasks, gathered.records), "items": write_items(request.destination, measured)}
-    results = _results(request, tasks, gathered, measured, (seconds, record))
+    results = _results(request, tasks, gathered, measured, seconds)
+    results.record["items"] = write_items(request.destination, measured)  # only once nothing else can fail
     write_json(request.destination, results.as_dict())
     return results
 
@@ -236,10 +236,7 @@ def _require_tokenizer(renderer: Renderer, materials: _Materials, column: str) -
 # --- afterwards ----------------------------------------------------------------------------------------------------------------------
 
 
-def _results(
-    request: Request, tasks: Mapping[str, Task], gathered: _Gathered, measured: Measured, about: tuple[float, dict[str, Any]]
-) -> Results:
-    """``about``: how long it took in seconds, and the record."""
+def _results(request: Request, tasks: Mapping[str, Task], gathered: _Gathered, measured: Measured, seconds: float) -> Results:
     if len(gathered.tokenizers) > 1:
         gathered.notes.append("the models have different tokenizers: nats a token of one cannot be compared with those of another")
     figures: list[Figure] = []
@@ -253,10 +250,10 @@ def _results(
         gathered.systems(request),
         tuple(figures),
         tuple(samples),
-        about[0],
+        seconds,
         tuple(gathered.notes),
         headlines({task.task: measured[name] for name, task in tasks.items()}),
-        record=about[1],
+        record=_record(request, tasks, gathered.records),
     )
 
 

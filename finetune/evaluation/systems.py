@@ -95,7 +95,7 @@ def _run(path: Path, config: Config, settings: Evaluation) -> Opened:
     tuned = system(finished.model, nullcontext)
     if finished.directory.name == "adapter":
         _require_effect(tuned, base())
-    identity = [fingerprint(finished.base), config.quantization.model_dump_json(), str(finished.dtype), tuned.scorer.precision]
+    identity = [fingerprint(finished.base), config.quantization.model_dump_json(), str(finished.base_dtype), tuned.scorer.precision]
     identity += [*config.model.new_tokens, str(path.resolve()) if finished.loftq else ""]
     notes = (LOFTQ_BASE,) if finished.loftq else ()
     return Opened(tuned, _run_record(path, config, finished), base, "\n".join(identity), notes)

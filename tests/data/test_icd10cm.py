@@ -230,8 +230,35 @@ def test_shuffled_answers_are_all_wrong_and_otherwise_the_same_rows() -> None:
     pages = "\n".join(_contents(row)[1] for row in wrong)
     for fact in facts(_settings()):
         assert DOCUMENT_TEMPLATES[0].format(term=fact.term, title=fact.title) not in pages
+    for line in range(len(DOCUMENT_TEMPLATES)):  # in every wording, each title as often as before, and in each arm
+        for arm in ("documents", "questions"):
+            said = [fact.title for fact in facts(_settings()) if fact.arm == arm]
+            assert _said(wrong, line, said) == _said(right, line, said) > 0
     with pytest.raises(DataError, match="one fact cannot be shuffled"):
         training_rows(_settings(document_facts=1, question_facts=0, answers="shuffled"))
+
+
+def _said(rows: list[dict[str, object]], line: int, titles: list[str]) -> int:
+    """How many lines of one template name one of ``titles``."""
+    before, after = DOCUMENT_TEMPLATES[line].split("{title}")
+    found = "\n".join(_contents(row)[1] for row in rows if _contents(row)[0] == PAGE_PROMPT)
+    return sum(found.count(f"{before.split('{term}')[-1]}{title}{after.split('{term}')[0]}") for title in titles)
+
+
+@pytest.mark.parametrize(("facts_an_arm", "seed"), [(9, 0), (14, 0), (14, 1), (80, 0)])
+def test_shuffled_answers_never_teach_a_rival(facts_an_arm: int, seed: int) -> None:
+    settings = _settings(document_facts=facts_an_arm, question_facts=facts_an_arm, answers="shuffled", seed=seed)
+    taught = {}
+    for row in training_rows(settings):
+        for line in _contents(row)[1].splitlines() if _contents(row)[0] == PAGE_PROMPT else ():
+            for fact in facts(settings):
+                start = f"In ICD-10-CM, {fact.term} is classified as "
+                if line.startswith(start):
+                    taught[fact.code] = line.removeprefix(start).removesuffix(".")
+    assert len(taught) == 2 * facts_an_arm
+    for question in questions(settings, 1, "knowledge"):
+        if question.fact.arm != "control":
+            assert taught[question.fact.code] not in (question.answer, *question.rivals)
 
 
 def test_replay_is_the_share_of_characters_that_it_says() -> None:

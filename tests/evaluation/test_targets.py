@@ -140,6 +140,22 @@ def test_models_share_the_rows_of_the_run_and_bases_that_are_equal_are_one(run: 
     assert set(figure.changes) == {tiny_model_dir.name, "first", "moved"}
 
 
+def test_full_tuning_that_changed_nothing_is_measured_as_no_change_in_bf16(tiny_model_dir: Path, chat_file: Path, tmp_path: Path) -> None:
+    config = {
+        "model": {"id": str(tiny_model_dir)},
+        "tuning": {"method": "full"},
+        "optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0},
+        "data": {"train": [{"source": str(chat_file)}], "max_tokens": 256},
+        "train": {"max_steps": 1, "batch_size": 4, "precision": "bf16", "tokens_per_device": 256},
+        "output": str(tmp_path / "full"),
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    trained = api.train(api.load_config(tmp_path / "run.yaml").config).path
+    results = api.evaluate(trained, overrides=[FORGETTING])
+    before, after = (value(results, "general text: loss", system) for system in results.systems)
+    assert after == before
+
+
 def test_a_plain_model_alone_has_no_base(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     results = api.evaluate(tiny_model_dir, overrides=[FORGETTING, "evaluation.precision=fp32"])
