@@ -21,7 +21,7 @@ SCALES = ("cpu", "gpu")
 
 def write(planned: Planned, docs: Path, scale: str) -> Path:
     """Write the page and the plot of ``planned``, from the files of its runs below ``docs``; returns the path of the page."""
-    runs = records.read([case for case, _ in planned.cases], docs / "runs" / scale)
+    runs = records.read(planned, docs / "runs" / scale)
     docs.mkdir(parents=True, exist_ok=True)
     image, text = docs / page.plot_name(scale), docs / ("README.md" if scale == SCALES[0] else f"{scale}.md")
     image.unlink(missing_ok=True)
@@ -42,7 +42,7 @@ def main() -> int:
         prog="python -m benchmarks.evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", choices=SCALES, default="cpu")
-    parser.add_argument("--page", action="store_true", help="train nothing: only write the page again from the files of the runs")
+    parser.add_argument("--page", action="store_true", help="train nothing: only write the page of the runs that there are")
     parser.add_argument("--sweep", type=Path, help="another sweep file, to try something; needs --docs")
     parser.add_argument("--docs", type=Path, help="another directory for the page and the runs' files")
     chosen = parser.parse_args()
@@ -51,14 +51,21 @@ def main() -> int:
     docs = chosen.docs or ROOT / "docs" / "evidence"
     try:
         planned = api.load_sweep(chosen.sweep or Path(__file__).parent / f"{chosen.scale}.yaml")
-        if not chosen.page:
-            table, _ = api.sweep(planned, told)
-            records.copy(planned, table, docs / "runs" / chosen.scale)
     except FinetuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    failures: dict[str, str | None] = {}
+    code = 0
+    try:
+        if not chosen.page:
+            table, _ = api.sweep(planned, told)
+            failures = {row.name: row.failure for row in table.rows}
+    except FinetuneError as error:
+        print(error, file=sys.stderr)
+        code = error.exit_code
+    records.copy(planned, failures, docs / "runs" / chosen.scale)  # of a sweep that was stopped, what there is
     print(write(planned, docs, chosen.scale))
-    return 0
+    return code or int(any(failures.values()))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from benchmarks.evidence.claims import MATCHED, Arms, at_an_end, best, by_arm, matched, told, verdicts
 from benchmarks.evidence.records import FIGURES, Run
@@ -17,9 +18,9 @@ ARMS = {
     "rslora": "rsLoRA r={rank}",
     "nf4": "LoRA r={rank} on NF4",
     "loftq": "the same, started by LoftQ",
-    "differential": "LoRA r={rank}, embeddings too; rates 0.1 (embeddings), 0.5 (attention), 2 (MLP)",
-    "trifecta": "rsLoRA r={rank}, LoftQ on NF4, the three rates",
-    "lora-plus": "LoRA+: B at 16 times the rate of A",
+    "differential": "LoRA r={rank}, embeddings too; rates {rates}",
+    "trifecta": "rsLoRA r={rank}, LoftQ on NF4, embeddings too; rates {rates}",
+    "lora-plus": "LoRA+: B at {ratio} times the rate of A",
     "dora": "DoRA r={rank}",
     "shuffled": "LoRA r={rank} on shuffled answers (control)",
 }
@@ -35,24 +36,29 @@ _PAIRS = (
     ("loftq", "nf4"),
     ("lora-attention", "lora"),
 )
-_COLUMNS = ("learned", "style", "memory", "gap", "forgotten", "efficiency")
+_COLUMNS = ("learned", "control", "style", "memory", "gap", "forgotten", "efficiency")
 
 CAUTIONS = f"""\
-- One small model (135M parameters), one seed, few facts and few tokens. Nothing here says what a model of 8B or 70B would do, and a rank
+- One model ({{model}}), one seed, {{trained}} facts and few tokens. Nothing here says what another, larger model would do, and a rank
   can show little of its worth in so few tokens. LoftQ's gain is known to be large at 2 or 3 bits and small at 4.
 - "No difference seen" says that the intervals are too wide to see one, not that there is none.
 - Under Adam the first update of (alpha/r)BA does not depend on the rank, and alpha/sqrt(r) multiplies it: at one rate, LoRA against rsLoRA
-  compares rates. So each arm has three, which span the same range of rank x scale x rate. Where the best is the lowest or the
-  highest rate, a better one may lie beyond.
-- The best of three rates is chosen by the figure that is then shown, which favours every arm a little, and noisy ones most.
-- "Forgets less" is only said of two runs that learned alike (within {MATCHED:.0%}), never of arms each at some rate.
+  compares rates. So each arm has three, which span the same range of rank x scale x rate; but full tuning, where that means nothing,
+  has a tenth of LoRA's rates, and LoRA+ has that range for neither A nor B. Where the best is the lowest or the highest rate ("an end
+  of its grid"), a better one may lie beyond.
+- The best of three rates is chosen by the figure that is then shown, which favours every arm a little, and noisy ones most. In the
+  claims it is chosen anew in every resample, so that their intervals have that in them; those of the table of arms have not.
+- "Forgets less" is only said of two runs that learned alike (within {MATCHED:.0%}, with no difference to be seen), never of arms each
+  at some rate.
 - Two runs are compared on the same facts, drawn together. The intervals are over facts: what another seed, another order or other
   wordings would change is in none of them. Of the {{claims}} claims, one in twenty would look like a difference by chance alone.
 - A change is measured against the run's own base. For NF4 that is the quantized model, for LoftQ the one it starts from: what quantization
   itself costs is in the column *base*, not under *forgotten*.
 - Reading titles makes them likelier whichever name they stand beside, so the loss of answers falls with shuffled answers too. *Learned* is
   binding, which only knowing which name has which title can raise.
-- General text is a sample of manuals in English. Skills that it does not show may be lost or kept.
+- General text is some 2,000 tokens of plain English written for this purpose. Skills that it does not show may be lost or kept.
+- A term and its title share no word of four letters, but some share a stem or an acronym. Binding is a change from the base, so that what
+  can be guessed is not counted as learned; it only makes such facts easier.
 """
 
 
@@ -65,35 +71,45 @@ def readme(runs: Sequence[Run], config: Config, scale: str) -> str:
         _intro(config, scale),
         _state(runs),
         "## What held, and what did not",
-        "Difference with its 95 % interval, in nats a token; each arm at its best learning rate.",
+        "Difference with its 95 % interval, in nats a token; each arm at its best learning rate, chosen anew in every resample.",
         _table(("claim", "outcome", "from"), [(one.claim, f"**{one.outcome}**", one.from_ or NOTHING) for one in claims]),
         "## Each arm at its best rate",
         _meanings(),
         _table(("arm", "rate", *_COLUMNS), list(_best_rows(arms))),
         *([_plot_text(scale)] if has_plot(runs) else []),
         "## Pairs that learned alike",
-        f"Of two arms, the runs whose learning differs least, by at most {MATCHED:.0%} of the larger; positive: the first forgot more.",
-        _table(("arms", "learned", "forgotten", "difference"), list(_pair_rows(arms))),
+        f"Of two arms, the runs whose learning differs least, by at most {MATCHED:.0%} of the larger; positive: the first learned or "
+        "forgot more.",
+        _table(("arms", "learned", "difference", "forgotten", "difference"), list(_pair_rows(arms))),
         "## Every run",
         _table(("run", "tokens", "base", "learned, by loss", "learned, by choice", *_COLUMNS), [_run_row(run, scale) for run in runs]),
         "## Cautions",
-        CAUTIONS.format(claims=len(claims)).rstrip(),
+        CAUTIONS.format(claims=len(claims), model=config.model.id, trained=_trained(config)).rstrip(),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _intro(config: Config, scale: str) -> str:
-    facts = next(source for source in config.data.train if isinstance(source, Icd10cm))
-    trained = facts.document_facts + facts.question_facts
+    facts = _facts(config)
     command = "make evidence" if scale == "cpu" else f"make evidence SCALE={scale}"
     return (
         f"Generated by `{command}` from the files of the runs, which lie in runs/{scale}; the "
         f"sweep is [{scale}.yaml](../../benchmarks/evidence/{scale}.yaml). No number or verdict is written by hand.\n\n"
-        f"Every run teaches `{config.model.id}` the same {trained} facts of ICD-10-CM (a disease's other name and its official title), "
+        f"Every run teaches `{config.model.id}` the same {_trained(config)} facts of ICD-10-CM (a disease's other name and its "
+        f"official title), "
         f"{facts.document_facts} as sentences alone and {facts.question_facts} as questions too, in the same order, {config.train.epochs} "
         f"times, with seed {config.seed}. {facts.control_facts} further facts are never trained: what those gain is style. "
-        "Test questions use wordings that no training row has."
+        "Test questions use wordings that no training row has. The control *shuffled* reads the same terms and titles as often, wrongly "
+        "paired."
     )
+
+
+def _facts(config: Config) -> Icd10cm:
+    return next(source for source in config.data.train if isinstance(source, Icd10cm))
+
+
+def _trained(config: Config) -> int:
+    return _facts(config).document_facts + _facts(config).question_facts
 
 
 def _state(runs: Sequence[Run]) -> str:
@@ -115,8 +131,9 @@ def _state(runs: Sequence[Run]) -> str:
 def _meanings() -> str:
     return (
         "*learned*: by how much likelier, a token, the right title became after its own question than after those of other facts "
-        "(binding), in wordings never trained, beyond what facts never trained gained. *style*: change of the answer loss of facts never "
-        "trained. "
+        "(binding), in wordings never trained, beyond what facts never trained gained. *control*: change of binding of facts "
+        "never trained. "
+        "*style*: change of their answer loss. "
         "*memory*: binding in trained words. *gap*: what facts also trained as questions gained beyond the others. *forgotten*: change of "
         "loss on general text. "
         f"*efficiency*: what was learned for each 0.01 forgotten; {NOTHING} where none was seen to be. Brackets: 95 % intervals."
@@ -126,8 +143,7 @@ def _meanings() -> str:
 def _best_rows(arms: Arms) -> Iterator[tuple[str, ...]]:
     for arm, runs in arms.items():
         run = best(runs)
-        rank = runs[0].case.settings.get("tuning.rank", "")
-        name = f"{arm}: {ARMS[arm].format(rank=rank)}" if arm in ARMS else arm
+        name = f"{arm}: {_described(arm, runs[0].case.settings)}" if arm in ARMS else arm
         if run is None:
             yield (name, "not measured", *(NOTHING for _ in _COLUMNS))
         else:
@@ -135,22 +151,28 @@ def _best_rows(arms: Arms) -> Iterator[tuple[str, ...]]:
             yield (name, f"{run.rate:g}{edge}", *(_cell(run, column) for column in _COLUMNS))
 
 
+def _described(arm: str, settings: Mapping[str, Any]) -> str:
+    groups = settings.get("optimizer.groups", {})
+    rates = ", ".join(f"{group['lr_ratio']:g} ({name})" for name, group in groups.items())
+    return ARMS[arm].format(rank=settings.get("tuning.rank"), rates=rates, ratio=settings.get("optimizer.lora_plus_ratio"))
+
+
 def _pair_rows(arms: Arms) -> Iterator[tuple[str, ...]]:
     for one, other in _PAIRS:
         name = f"{one}, {other}"
         measured = best(arms.get(one, ())), best(arms.get(other, ()))
         if None in measured:
-            yield name, "not measured", NOTHING, NOTHING
+            yield name, "not measured", NOTHING, NOTHING, NOTHING
             continue
         pair = matched(arms[one], arms[other])
         if pair is None:
-            yield name, "no two runs learned alike", NOTHING, NOTHING
+            yield name, "no two runs learned alike", NOTHING, NOTHING, NOTHING
             continue
         learned, forgotten = (
             f"{pair.one.numbers[column].value:+.2f} at {pair.one.rate:g}, {pair.other.numbers[column].value:+.2f} at {pair.other.rate:g}"
             for column in ("learned", "forgotten")
         )
-        yield name, learned, forgotten, told(pair.forgotten)
+        yield name, learned, told(pair.learned), forgotten, told(pair.forgotten)
 
 
 def _run_row(run: Run, scale: str) -> tuple[str, ...]:

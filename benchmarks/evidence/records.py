@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.config.dump import leaves
+from finetune.config.load import load_config
+from finetune.config.schema import Config
 from finetune.config.sweep import Case, Planned
+from finetune.config.tree import dotted
 from finetune.evaluation.comparison import Measurement
 from finetune.evaluation.conclusions import ASKED, BINDING, CONTROL, GAP, HEADLINES, READ, STYLE, SUBSTANCE, TRAINED, contrasts
 from finetune.evaluation.items import as_items, from_items, read_items
 from finetune.evaluation.knowledge import LABELS
-from finetune.evaluation.statistics import Sampled, sampled_change
+from finetune.evaluation.statistics import Quantity, Sampled, sampled_change
 from finetune.runs import RunDirectory
-from finetune.sweeping.table import Row, Table
+from finetune.sealed import write_text
 
 _NORMAL = 1.959964
 """Standard errors in half of a 95 % interval."""
@@ -26,6 +30,8 @@ FIGURES = {
     "learned, by loss": f"{SUBSTANCE}: answer loss",
     "learned, by choice": f"{SUBSTANCE}: choice of four, titles of the arm",
     "style": f"{STYLE}: answer loss",
+    "control": f"{STYLE}: {BINDING}",
+    "control, by choice": f"{STYLE}: choice of four, titles of the arm",
     "memory": f"{TRAINED}, {LABELS['memory']}: {BINDING}",
     "gap": f"{GAP}: {BINDING}",
     "forgotten": "general text: loss",
@@ -61,6 +67,11 @@ class Number:
     def sign(self) -> int:
         """1 or -1 where the interval lies on that side of zero, else 0."""
         return (self.low > 0) - (self.high < 0)
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided, from the resamples; None without them."""
+        return None if self.sampled is None else self.sampled.p
 
     def less(self, other: Number) -> Number:
         """The difference: paired, the same facts drawn for both, where what the two were summed from is kept.
@@ -107,52 +118,72 @@ class Run:
         return float(self.case.settings["optimizer.learning_rate"])
 
 
-def copy(planned: Planned, table: Table, folder: Path) -> None:
-    """Write what every run of ``table`` left behind into ``folder``, a file each; files of other runs are removed."""
+def copy(planned: Planned, failures: Mapping[str, str | None], folder: Path) -> None:
+    """Write what every run of ``planned`` left behind into ``folder``, a file each; files of runs that it does not plan are removed.
+
+    ``failures``: why runs have no figures, by name. A run that is not measured yet leaves the file that is there as it is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for (case, _), row in zip(planned.cases, table.rows, strict=True):
-        text = json.dumps(_record(case, row), indent=1, allow_nan=False)
-        (folder / f"{row.name}.json").write_text(text + "\n", encoding="utf-8")
-    for path in set(folder.glob("*.json")) - {folder / f"{row.name}.json" for row in table.rows}:
+    for case, loaded in planned.cases:
+        failure = failures.get(case.run.name)
+        if failure is not None or RunDirectory(case.run).results.is_file():
+            text = json.dumps(_record(case, loaded.config, failure), indent=1, allow_nan=False)
+            write_text(folder / f"{case.run.name}.json", text + "\n")
+    for path in set(folder.glob("*.json")) - {folder / f"{case.run.name}.json" for case, _ in planned.cases}:
         path.unlink()
 
 
-def _record(case: Case, row: Row) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": row.name, "arm": row.arm, "settings": dict(case.settings), "failure": row.failure}
-    if row.failure is not None:
-        return found
+def _record(case: Case, config: Config, failure: str | None) -> dict[str, Any]:
     run = RunDirectory(case.run)
+    made_of = configured(config if failure is not None else load_config(run.config).config)
+    found: dict[str, Any] = {"name": case.run.name, "arm": case.arm, "config": made_of, "failure": failure}
+    if failure is not None:
+        return found
+    steps = [row for row in run.metric_rows() if row["kind"] == "step"]
     made = json.loads(run.environment.read_text(encoding="utf-8"))
     measured = json.loads(run.results.read_text(encoding="utf-8"))
     kept = {key: measured[key] for key in ("systems", "figures", "headlines", "notes")}
     items = {task: {name: _only_kept(one) for name, one in systems.items()} for task, systems in read_items(run.results).items()}
+    kept |= {"questions": measured["record"]["questions"], "items": as_items({task: one for task, one in items.items() if any(_asks(one))})}
     # Not `machine` and `record` whole: they name directories and systems that say nothing about the figures.
     machine = {key: made["machine"][key] for key in ("kind", "name", "bf16")}
-    training = {"tokens": row.tokens, "step_seconds": row.seconds, "evaluation_seconds": measured["seconds"]}
-    return {**found, "machine": machine, "versions": made["versions"], "training": training, **kept, "items": as_items(items)}
+    training = {
+        "tokens": sum(step["tokens"] for step in steps),
+        "step_seconds": sum(step["seconds"] for step in steps),
+        "evaluation_seconds": measured["seconds"],
+    }
+    return {**found, "machine": machine, "versions": made["versions"], "training": training, **kept}
+
+
+def configured(config: Config) -> dict[str, Any]:
+    """Every value of a run's configuration by its key, but for where it lies."""
+    return {dotted(path): value for path, value in leaves(config).items() if path != ("output",)}
+
+
+def _asks(systems: Mapping[str, Measurement]) -> list[Quantity]:
+    return [one for measurement in systems.values() for one in measurement.quantities]
 
 
 def _only_kept(measurement: Measurement) -> Measurement:
     return Measurement(tuple(one for one in measurement.quantities if one.name in _KEPT))
 
 
-def read(cases: Sequence[Case], folder: Path) -> tuple[Run, ...]:
-    """Every run of ``cases`` with what ``folder`` holds of it."""
+def read(planned: Planned, folder: Path) -> tuple[Run, ...]:
+    """Every run of ``planned`` with what ``folder`` holds of it."""
     asked: dict[str, Any] = {}
-    return tuple(_run(case, folder / f"{case.run.name}.json", asked) for case in cases)
+    return tuple(_run(case, loaded.config, folder / f"{case.run.name}.json", asked) for case, loaded in planned.cases)
 
 
-def _run(case: Case, path: Path, asked: dict[str, Any]) -> Run:
-    """``asked``: what the first run that was measured was asked, by figure; filled by it."""
+def _run(case: Case, config: Config, path: Path, asked: dict[str, Any]) -> Run:
+    """``asked``: what the first run that was measured was asked; filled by it."""
     if not path.is_file():
         return Run(case, {}, None, "not measured")
     found = json.loads(path.read_text(encoding="utf-8"))
-    if found["settings"] != json.loads(json.dumps(dict(case.settings))):
+    if found["config"] != json.loads(json.dumps(configured(config))):
         return Run(case, {}, None, "not measured: its file is of a run with other settings")
     if found["failure"]:
         return Run(case, {}, None, found["failure"])
-    facts = {name: kept["clusters"] for figures in found["items"].values() for name, kept in figures.items()}
-    if any(asked.setdefault(name, clusters) != clusters for name, clusters in facts.items()):
+    if asked.setdefault("questions", found["questions"]) != found["questions"]:
         return Run(case, {}, None, "not measured: its file is of a run that was asked about other facts")
     base, tuned = found["systems"][:2]
     changes, sampled = dict(_changes(found, tuned)), _sampled(found, base, tuned)
