@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from finetune.merging.exports import ExportReport
     from finetune.merging.merge import MergeReport
     from finetune.planning.plan import Plan
-    from finetune.reporting.doctor import Diagnosis, Drift, Module
+    from finetune.reporting.doctor import Diagnosis
     from finetune.runs import RunDirectory
     from finetune.sweeping.carry_out import Tell
     from finetune.sweeping.table import Table
@@ -263,47 +263,9 @@ def diagnose(run: Path, against: Path | None = None, progress: Callable[[str, in
     from finetune.runs import open_run
 
     found = open_run(run)
-    config = load_config(found.config).config
-    from finetune.reporting.doctor import diagnose as judge
-    from finetune.reporting.doctor import gather, write_diagnosis
+    from finetune.diagnosing.diagnose import diagnose as judge
 
-    drift = _drift(found, config, against, progress) if against else "no newer data was given: --against NEW.jsonl"
-    diagnosis = judge(gather(found, config, _modules(found, config), drift))
-    write_diagnosis(found, diagnosis)
-    return diagnosis
-
-
-def _modules(run: RunDirectory, config: Config) -> list[Module] | str:
-    """What the adapter of ``run`` tells of its modules, or why it tells nothing."""
-    from finetune.analysis.checks import no_factors
-    from finetune.errors import VerificationError
-    from finetune.reporting.doctor import Module
-
-    if why := no_factors(run, config):
-        return why
-    _prepare_process()
-    from finetune.analysis.used_rank import used_ranks
-
-    try:
-        return [Module(one.module, one.role, one.rank, one.effective_rank, one.size) for one in used_ranks(run, config)]
-    except VerificationError as error:  # a run with a damaged adapter still has curves
-        return error.problems[0].what
-
-
-def _drift(run: RunDirectory, config: Config, newer: Path, progress: Callable[[str, int], None]) -> Drift:
-    """``run`` on ``newer`` data."""
-    _prepare_process()
-    from finetune.evaluation.drift import Ratio, compare
-    from finetune.reporting.doctor import Drift
-    from finetune.reporting.doctor.evidence import Loss
-
-    def loss(ratio: Ratio) -> Loss:
-        return Loss(ratio.mean, ratio.error)
-
-    found = compare(run, config, newer, progress)
-    before, now = found.validation, found.newer
-    figures = (before.loss, now.loss, before.gain, now.gain)
-    return Drift(str(found.source), before.rows, now.rows, *map(loss, figures))
+    return judge(found, against, progress)
 
 
 def load_sweep(path: Path) -> Planned:

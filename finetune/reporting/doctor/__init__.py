@@ -5,7 +5,7 @@
     *_rules.py      the rules, each a function from evidence to a finding or None
     diagnosis.py    all rules in their order, and doctor.json
 
-What needs the weights (the adapter's spectrum, losses on newer data) is measured above this package, by `finetune.api`, and handed in.
+What needs the weights (the adapter's spectrum, losses on newer data) is measured by `finetune.diagnosing`, and handed in.
 """
 
 from finetune.reporting.doctor.diagnosis import RULES, diagnose, read_diagnosis, write_diagnosis
