@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from finetune.config.data import Relation
 from finetune.config.finding import Finding
 from finetune.config.schema import Config, Icd10cm, KnowledgeTask
 from finetune.config.tree import KeyPath
 
-TAUGHT_BY: Mapping[str, tuple[str, ...]] = {"code": ("title-code", "code-title"), "group": ("hierarchy",), "two-hops": ("excludes",)}
-"""What `asks` of a knowledge task -> the `relations` of a source that teach it; the others need `inclusion-term`."""
+_TAUGHT_BY: Mapping[str, tuple[Relation, ...]] = {"code": ("title-code", "code-title"), "group": ("hierarchy",), "two-hops": ("excludes",)}
+
+
+def taught_by(asked: str) -> tuple[Relation, ...]:
+    """The `relations` of a source that teach what `asks` of a knowledge task names."""
+    return _TAUGHT_BY.get(asked, ("inclusion-term",))
 
 
 def knowledge(config: Config) -> Iterator[Finding]:
@@ -37,7 +42,7 @@ def _twice(named: tuple[str, ...], path: KeyPath) -> Iterator[Finding]:
 
 def _untaught(task: KnowledgeTask, taught: set[str], path: KeyPath) -> Iterator[Finding]:
     for index, asked in enumerate(task.asks):
-        teachers = TAUGHT_BY.get(asked, ("inclusion-term",))
+        teachers = taught_by(asked)
         if not taught.intersection(teachers):
             fix = f"add `{teachers[0]}` to `relations` of the `builtin:icd10cm` source, or do not ask for it"
             yield Finding(f"`{asked}` is asked, and no source teaches it", fix, (*path, index), ("data", "train"))

@@ -13,11 +13,11 @@ Everything follows from the settings alone, never from Python's hash seed.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.config.data import Icd10cm
+from finetune.config.data import Icd10cm, Relation
 from finetune.data.icd10cm_codes import DEFAULT_CHAPTERS, candidates, order
 from finetune.errors import DataError
 
@@ -58,16 +58,42 @@ def facts(settings: Icd10cm) -> tuple[Fact, ...]:
     return tuple(Fact(code, *pool[code], arm=arms[code]) for code in sorted(drawn))
 
 
+_PLACES = ("control", "other relations", "documents", "questions", "shuffled")
+"""What a fact is to several sources: of all that they say of it, the last."""
+
+
+def trained_by(sources: Sequence[Icd10cm], relations: Iterable[Relation]) -> tuple[Fact, ...]:
+    """One fact a code over all ``sources``, ordered by code, in the arm that says how ``relations`` were trained on the whole.
+
+    Trained counts before control, and questions before documents alone. Two kinds of facts belong to no arm and are left out: those of
+    which other relations alone were trained (familiar, but not taught this), and those that were taught wrongly beside others that were
+    taught rightly. Where no source teaches the relations, or all that do have shuffled answers, these sources are taken as they are.
+    """
+    teachers = [source for source in sources if set(relations) & set(source.relations)] or list(sources)
+    right = [source for source in teachers if source.answers == "right"] or teachers
+    places: dict[str, str] = {}
+    for source in sources:
+        for fact in facts(source):
+            counts = fact.arm == "control" or source in right
+            place = fact.arm if counts else "shuffled" if source.answers == "shuffled" else "other relations"
+            places[fact.code] = max(places.get(fact.code, "control"), place, key=_PLACES.index)
+    pool = candidates()
+    return tuple(Fact(code, *pool[code], arm=arm) for code, place in sorted(places.items()) for arm in ARMS if arm == place)
+
+
 def peers(fact: Fact, drawn: Iterable[Fact]) -> list[Fact]:
     """The other facts of its arm among ``drawn``, those of its chapter first: the answers to the first ones are its rivals."""
     found = [other for other in drawn if other.arm == fact.arm and other.code != fact.code]
     return sorted(found, key=lambda other: (other.code[0] != fact.code[0], order(fact.code, other.code)))
 
 
-def spare(settings: Icd10cm, count: int) -> tuple[tuple[str, str], ...]:
-    """``count`` pairs of term and title that belong to no arm, to show the form of an answer with. DataError where there are too few."""
-    drawn = {fact.code for fact in facts(settings)}
-    rest = sorted((code for code in candidates() if code not in drawn), key=lambda code: order(f"{settings.seed}/spare", code))
+def spare(sources: Sequence[Icd10cm], count: int) -> tuple[tuple[str, str], ...]:
+    """``count`` pairs of term and title that no arm of ``sources`` (at least one) has, to show the form of an answer with.
+
+    DataError where there are too few.
+    """
+    drawn = {fact.code for source in sources for fact in facts(source)}
+    rest = sorted((code for code in candidates() if code not in drawn), key=lambda code: order(f"{sources[0].seed}/spare", code))
     if len(rest) < count:
         raise DataError(
             f"the arms leave {len(rest)} facts over, and examples before a question need {count}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -80,11 +80,16 @@ class Question:
 
 
 def questions(settings: Icd10cm, wordings: int = 1, kind: Kind = "knowledge") -> tuple[Question, ...]:
-    """The first ``wordings`` (1 to 3) test questions of ``kind`` about every fact of every arm, ordered by code.
+    """The questions of ``kind`` about every fact that ``settings`` draws."""
+    return questions_about(facts(settings), wordings, kind)
+
+
+def questions_about(known: Iterable[Fact], wordings: int = 1, kind: Kind = "knowledge") -> tuple[Question, ...]:
+    """The first ``wordings`` (1 to 3) test questions of ``kind`` about every fact of ``known``, in its order.
 
     Facts of which the classification does not say what is asked for are left out, and so are those whose question holds the answer.
     """
-    drawn = tuple(fact for fact in facts(settings) if _is_asked(_FORMS[kind].of_fact(fact), fact, kind))
+    drawn = tuple(fact for fact in known if _is_asked(_FORMS[kind].of_fact(fact), fact, kind))
     count = min(wordings, len(_FORMS[kind].wordings))
     return tuple(_question(fact, wording, drawn, kind) for fact in drawn for wording in range(count))
 
@@ -113,9 +118,9 @@ def _question(fact: Fact, wording: int, drawn: Sequence[Fact], kind: Kind) -> Qu
     )
 
 
-def controlled(settings: Icd10cm, asked: Sequence[Question], control: Control) -> tuple[Question, ...]:
-    """The same questions after five worked examples of no arm (the form of an answer alone), or with the document in the prompt."""
-    return tuple(_with_document(question) for question in asked) if control == "open-book" else tuple(_after_examples(settings, asked))
+def controlled(sources: Sequence[Icd10cm], asked: Sequence[Question], control: Control) -> tuple[Question, ...]:
+    """The same questions after five worked examples of no arm of ``sources`` (the form alone), or with the document in the prompt."""
+    return tuple(_with_document(question) for question in asked) if control == "open-book" else tuple(_after_examples(sources, asked))
 
 
 def _with_document(question: Question) -> Question:
@@ -124,8 +129,8 @@ def _with_document(question: Question) -> Question:
     return replace(question, prompt=(*before, {"role": "user", "content": f"{document}\n\n{last['content']}"}))
 
 
-def _after_examples(settings: Icd10cm, asked: Sequence[Question]) -> Iterator[Question]:
-    examples = spare(settings, EXAMPLES)
+def _after_examples(sources: Sequence[Icd10cm], asked: Sequence[Question]) -> Iterator[Question]:
+    examples = spare(sources, EXAMPLES)
     for question in asked:
         shown = [
             {"role": role, "content": text}

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from finetune.config.data import Icd10cm
 from finetune.config.evaluation import KnowledgeTask
+from finetune.config.knowledge_checks import taught_by
 from finetune.data.formats import Conversation, Message
-from finetune.data.icd10cm import facts
-from finetune.data.icd10cm_questions import Kind, Question, controlled, digest, questions
+from finetune.data.icd10cm import trained_by
+from finetune.data.icd10cm_questions import Kind, Question, controlled, digest, questions_about
 from finetune.data.render import Example, Renderer
 from finetune.evaluation.choices import Continuations, Judged, score
 from finetune.evaluation.comparison import Measurement
@@ -56,18 +57,13 @@ class Section:
 
 
 def sections(sources: Sequence[Icd10cm], task: KnowledgeTask) -> tuple[Section, ...]:
-    """The questions that ``task`` asks about the facts of ``sources``. A control fact that another source trains is not asked."""
-    trained = {fact.code for source in sources for fact in facts(source) if fact.arm != "control"}
+    """The questions that ``task`` asks about the facts of ``sources``: of all together each code once, in one arm."""
 
-    def asked_of(source: Icd10cm, kind: Kind) -> tuple[Question, ...]:
-        found = questions(source, task.questions_per_fact, kind)
-        return tuple(one for one in found if one.fact.arm != "control" or one.fact.code not in trained)
+    def asked_of(kind: Kind) -> tuple[Question, ...]:
+        return questions_about(trained_by(sources, taught_by(kind)), task.questions_per_fact, kind)
 
-    kinds = [Section(LABELS[kind], tuple(one for source in sources for one in asked_of(source, kind))) for kind in task.asks]
-    controls = [
-        Section(LABELS[control], tuple(one for source in sources for one in controlled(source, asked_of(source, "knowledge"), control)))
-        for control in task.controls
-    ]
+    kinds = [Section(LABELS[kind], asked_of(kind)) for kind in task.asks]
+    controls = [Section(LABELS[control], controlled(sources, asked_of("knowledge"), control)) for control in task.controls]
     return (*kinds, *controls)
 
 

@@ -26,7 +26,7 @@ def row_windows(source: FileSource | HubSource) -> Iterator[list[Row]]:
             problems.extend(row.problems)
         else:
             rows.append(row)
-        if len(rows) + len(problems) == WINDOW:
+        if len(rows) + len(problems) >= WINDOW:  # one row can have two problems
             _refuse(problems)
             yield rows
             rows = []

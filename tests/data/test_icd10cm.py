@@ -307,18 +307,18 @@ def test_memory_is_asked_in_words_that_were_trained() -> None:
 
 def test_five_examples_are_of_no_arm() -> None:
     settings = _settings(document_facts=3, question_facts=3, control_facts=3)
-    for question in controlled(settings, questions(settings), "five-shot"):
+    for question in controlled([settings], questions(settings), "five-shot"):
         *shown, last = question.prompt
         assert len(shown) == 10
         assert question.fact.term in last["content"]
         assert not any(fact.title in turn["content"] or fact.term in turn["content"] for turn in shown for fact in facts(settings))
     with pytest.raises(DataError, match="leave 0 facts over"):
-        controlled(ALL, questions(ALL), "five-shot")
+        controlled([ALL], questions(ALL), "five-shot")
 
 
 def test_an_open_book_holds_the_answer() -> None:
     settings = _settings(document_facts=3, question_facts=3, control_facts=3)
-    for question in controlled(settings, questions(settings), "open-book"):
+    for question in controlled([settings], questions(settings), "open-book"):
         assert question.fact.title in question.prompt[-1]["content"]
 
 
