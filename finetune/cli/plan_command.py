@@ -89,16 +89,6 @@ def short(plan: Plan) -> Iterator[str]:
 # --- sections ------------------------------------------------------------------------------------------------------------------------
 
 
-def _table(first: str, *headings: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_edge=False)
-    table.add_column(first, overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
 def _name(plan: Plan) -> str:
     return plan.config.model.id.rstrip("/").rpartition("/")[2]
 
@@ -115,10 +105,11 @@ def _heading(plan: Plan) -> str:
 def _parameters(plan: Plan) -> Table:
     from rich.text import Text
 
+    from finetune.cli.tables import figures_table
     from finetune.cli.training_view import group_names
 
     found = plan.parameters
-    table = _table("trains", "tensors", "parameters", "of all", "peak lr")
+    table = figures_table("trains", "tensors", "parameters", "of all", "peak lr")
     names = group_names([group.summary() for group in found.groups], plan.here.resolved.optimizer.value)
     for name, group in zip(names, found.groups, strict=True):
         share, rate = _percent(group.parameters, found.total), f"{group.learning_rate:.1e}"
@@ -131,10 +122,11 @@ def _parameters(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
+    from finetune.cli.tables import figures_table
     from finetune.planning.memory import PARTS
 
     here = plan.here
-    table = _table(f"memory of {_devices(here)}", "GiB")
+    table = figures_table(f"memory of {_devices(here)}", "GiB")
     for name, count in here.memory.parts.items():
         if count:
             table.add_row(f"{name}: {PARTS[name]}", f"{count / _GIB:.2f}")
@@ -182,6 +174,8 @@ def _advice(change: Change | None, placement: Placement) -> str:
 def _gpus(plan: Plan) -> Table:
     from rich.text import Text
 
+    from finetune.cli.tables import figures_table
+
     many = f"{plan.here.setting.world} x " if plan.here.setting.world > 1 else ""
     columns: dict[str, list[str | Text]] = {
         "GiB": [f"{each.placement.machine.memory_bytes / _GIB:.1f}" for each in plan.candidates],
@@ -193,7 +187,7 @@ def _gpus(plan: Plan) -> Table:
         "kWh": [_energy(each.cost) if each.placement.fits else "" for each in plan.candidates],
     }
     told = {heading: cells for heading, cells in columns.items() if any(cells)}
-    table = _table("on common GPUs", *told)
+    table = figures_table("on common GPUs", *told)
     for candidate, *cells in zip(plan.candidates, *told.values(), strict=True):
         table.add_row(Text(f"{many}{candidate.gpu.name}"), *cells)
     return table

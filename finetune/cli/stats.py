@@ -12,6 +12,7 @@ from rich.text import Text
 
 from finetune.cli import view
 from finetune.cli.preview import visible
+from finetune.cli.tables import figures_table
 
 if TYPE_CHECKING:
     from finetune.data.fit import Fit
@@ -37,16 +38,8 @@ def show(report: DataReport, fit: Fit, padding: float, bars: list[tuple[int, int
         view.out.print()
 
 
-def _table(first: str, *headings: str) -> Table:
-    table = Table(box=None, pad_edge=False, show_edge=False)
-    table.add_column(first, overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
 def _sources(report: DataReport) -> Table:
-    table = _table("source", "rows", "examples", "tokens", "with loss", "too long")
+    table = figures_table("source", "rows", "examples", "tokens", "with loss", "too long")
     for source in report.sources:
         table.add_row(
             Text(_name(source)),
@@ -69,7 +62,7 @@ def _name(source: SourceReport) -> str:
 
 
 def _sides(report: DataReport) -> Table:
-    table = _table("an epoch", "examples", "tokens", "with loss", "shortest", "median", "p90", "p99", "longest")
+    table = figures_table("an epoch", "examples", "tokens", "with loss", "shortest", "median", "p90", "p99", "longest")
     for name, side in (("training", report.train), ("validation", report.validation)):
         if side.examples:
             figures = (side.shortest, side.median, side.p90, side.p99, side.longest)

@@ -26,6 +26,7 @@ from finetune import api
 from finetune.errors import ConfigError
 from finetune.merging.reload import Measurement, Probe, measure
 from finetune.model.head import target_losses
+from tests.methods import FIXED
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "docs" / "benchmarks" / "method-matrix.json"
@@ -41,13 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tied-lora": {"rank": 4},
     "adalora": {"rank": 2, "init_rank": 4, "every_steps": 1},
     "vera": {"rank": 16},
-    "ia3": {},
-    "prompt": {"tokens": 4},
-    "prefix": {"tokens": 4},
-    "norm": {},
-    "bitfit": {},
-    "houlsby": {"bottleneck": 8},
-    "full": {},
+    **FIXED,
     "full, spectrum": {"method": "full", "targets": {"spectrum": 0.5}},
     "full, galore": {"method": "full"},
 }

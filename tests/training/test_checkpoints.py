@@ -45,6 +45,7 @@ from finetune.training.optimizer import build_optimizer
 from finetune.training.session import Session
 from finetune.training.signals import StopRequest
 from finetune.training.writer import CheckpointWriter
+from tests.methods import FIXED
 
 CPU, ALONE = torch.device("cpu"), SimpleNamespace(process_index=0, num_processes=1)
 METHODS: dict[str, dict[str, Any]] = {
@@ -54,13 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tied-lora": {"rank": 4, "dropout": 0.2},
     "adalora": {"rank": 2, "init_rank": 4, "every_steps": 1, "dropout": 0.2},
     "vera": {"rank": 16, "dropout": 0.2},
-    "ia3": {},
-    "prompt": {"tokens": 4},
-    "prefix": {"tokens": 4},
-    "norm": {},
-    "bitfit": {},
-    "houlsby": {"bottleneck": 8},
-    "full": {},
+    **FIXED,
     "full, spectrum": {"method": "full", "targets": {"spectrum": 0.5}},
 }
 OPTIMIZERS = (

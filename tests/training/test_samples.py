@@ -23,6 +23,7 @@ from finetune.model.load import load_base, load_tokenizer
 from finetune.training import samples as samples_module
 from finetune.training.metrics import Event, Sampled, StepDone
 from finetune.training.samples import make_sampler
+from tests.methods import FIXED
 
 TRAIN = {"max_steps": 4, "batch_size": 4, "precision": "fp32", "tokens_per_device": 128, "checkpoint": {"every_steps": 2}}
 SAMPLES = {"every_steps": 2, "max_tokens": 5}
@@ -32,13 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tied-lora": {"rank": 4},
     "adalora": {"rank": 2, "init_rank": 4, "every_steps": 1},
     "vera": {"rank": 16},
-    "ia3": {},
-    "prompt": {"tokens": 4},
-    "prefix": {"tokens": 4},
-    "norm": {},
-    "bitfit": {},
-    "houlsby": {"bottleneck": 8},
-    "full": {},
+    **FIXED,
 }
 
 
