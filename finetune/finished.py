@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class FinishedRun:
     model: Any
     """The tuned model, in eval mode."""
     renderer: Renderer
-    rows: tuple[Example, ...]
+    rows: Sequence[Example]
     """Validation rows; training rows where the run had none."""
     has_validation: bool
     resolved: Resolved

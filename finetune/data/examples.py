@@ -1,6 +1,6 @@
-"""Examples that lie on disk: a memory-mapped Arrow table and an array of row numbers into it.
+"""Examples that lie on disk: a memory-mapped Arrow table, or another store of them, and an array of row numbers into it.
 
-Columns: ``ids`` list of int32 tokens, ``mask`` list of bool (True where the token carries loss), ``where`` string.
+Columns of the table: ``ids`` list of int32 tokens, ``mask`` list of bool (True where the token carries loss), ``where`` string.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,20 @@ Ints = npt.NDArray[np.int32]  # (n,)
 Rows = npt.NDArray[np.int64]  # (n,) row numbers of a table
 
 
+class Store(Protocol):
+    """Numbered examples, each read when it is asked for."""
+
+    def example(self, row: int) -> Example:
+        """The example in ``row``."""
+
+    def where(self, row: int) -> str:
+        """The place that ``row`` came from."""
+
+
 class Examples(Sequence[Example]):
     """Examples in their order, read when they are asked for. A slice is a view on the same file."""
 
-    def __init__(self, table: Table, rows: Rows, lengths: Ints, supervised: Ints) -> None:
+    def __init__(self, table: Store, rows: Rows, lengths: Ints, supervised: Ints) -> None:
         self._table = table
         self._rows = rows
         self.lengths = lengths

@@ -6,8 +6,9 @@ length-normalized one the least loss a character. Neither counts the token that 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,16 +44,16 @@ class Question:
 class _Found:
     """One entry a question: all that is kept of it."""
 
-    accuracy: list[bool]
-    normalized: list[bool]
-    nats: list[float]
-    tokens: list[int]
-    chance: list[float]
+    accuracy: array[int] = field(default_factory=lambda: array("b"))
+    normalized: array[int] = field(default_factory=lambda: array("b"))
+    nats: array[float] = field(default_factory=lambda: array("d"))
+    tokens: array[int] = field(default_factory=lambda: array("q"))
+    chance: array[float] = field(default_factory=lambda: array("d"))
 
 
 def measure(scorer: Scorer, renderer: Renderer, name: str, task: ChoicesTask, advance: Callable[[int], None]) -> Measurement:
     """Accuracy, accuracy by loss a character, and the loss of right answers; DataError where a row cannot be asked."""
-    found = _Found([], [], [], [], [])
+    found = _Found()
     for questions in question_windows(task):
         asked = [continuations(renderer, question, chat=task.style == "chat") for question in questions]
         for question, scores in zip(questions, score(scorer, asked, advance), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,8 +47,8 @@ class Question:
 class _Found:
     """One entry an answer: all that is kept of it, but for the first few."""
 
-    values: dict[str, list[float]]
-    ended: list[bool] = field(default_factory=list)
+    values: dict[str, array[float]]
+    ended: array[int] = field(default_factory=lambda: array("b"))
     answers: dict[tuple[str, str, str], str] = field(default_factory=dict)
 
 
@@ -57,7 +58,7 @@ def measure(
     """Every metric of ``task``, the share of answers that ended themselves, and the first ``samples`` answers."""
     metrics = metrics_of(task)
     decoding = Decoding(task.max_new_tokens, task.temperature, task.top_p, task.seed, task.stop)
-    found = _Found({metric: [] for metric in metrics})
+    found = _Found({metric: array("d") for metric in metrics})
     for records in record_windows(task.data):
         questions = [question(renderer, record, chat=task.style == "chat") for record in records]
         answers = continuations(scorer, renderer, [one.prompt for one in questions], decoding, advance)

@@ -5,7 +5,9 @@ Every supervised token counts the same, however rows are batched (pitfall A16); 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from finetune.config.data import Data
 from finetune.config.schema import LossTask
@@ -23,7 +25,7 @@ Advance = Callable[[int], None]
 
 def measure_validation(scorer: Scorer, name: str, rows: Sequence[Example], advance: Advance) -> Measurement:
     """Of tokenized ``rows``."""
-    nats, tokens = [0.0] * len(rows), [0] * len(rows)
+    nats, tokens = _zeros("d", len(rows)), _zeros("q", len(rows))
     for row, losses in scorer.losses(rows, advance):
         nats[row], tokens[row] = float(losses.sum()), len(losses)
     return _measurement(name, nats, tokens)
@@ -33,16 +35,15 @@ def measure_rows(scorer: Scorer, renderer: Renderer, name: str, task: LossTask, 
     """Of the rows that ``task`` names; DataError where one cannot be used."""
     assert task.data is not None
     data = Data(train=(task.data,), max_tokens=task.max_tokens, supervise=task.supervise, overlong=task.overlong)
-    nats: list[float] = []
-    tokens: list[int] = []
+    nats, tokens = _zeros("d", 0), _zeros("q", 0)
     for records in record_windows(task.data):
         examples, items = _examples(records, data, renderer)
         found = [[0.0, 0] for _ in range(max(items, default=-1) + 1)]
         for place, losses in scorer.losses(examples, advance):
             found[items[place]][0] += float(losses.sum())
             found[items[place]][1] += len(losses)
-        nats += [item[0] for item in found]
-        tokens += [int(item[1]) for item in found]
+        nats.extend(item[0] for item in found)
+        tokens.extend(int(item[1]) for item in found)
     if not nats:
         raise DataError("no row is left to measure", where=task.data.source, fix="raise `max_tokens`, or choose another `overlong`")
     return _measurement(name, nats, tokens)
@@ -75,7 +76,12 @@ def _pieces(record: Record, example: Example | DataError, data: Data, renderer: 
     return [piece.example for piece in shorten(record, example, data, renderer)]
 
 
-def _measurement(name: str, nats: Sequence[float], tokens: Sequence[int]) -> Measurement:
+def _zeros(code: Literal["d", "q"], count: int) -> array[Any]:
+    """Numbers side by side, without an object each: float64 or int64."""
+    return array(code, bytes(8 * count))
+
+
+def _measurement(name: str, nats: array[Any], tokens: array[Any]) -> Measurement:
     rows = range(len(nats))
     return Measurement(
         (

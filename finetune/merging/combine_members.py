@@ -48,7 +48,7 @@ class Member:
     weight: float
     source: MergeSource
     new_tokens: tuple[str, ...]
-    rows: tuple[Example, ...]
+    rows: Sequence[Example]
     """Validation rows of the run; none of an adapter without one."""
     sha256: str
     """Of the adapter's weights."""
