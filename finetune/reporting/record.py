@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.config.origins import stored_leaves
 from finetune.errors import VerificationError
+from finetune.reporting.doctor.diagnosis import FILE as DIAGNOSIS
 from finetune.reporting.doctor.diagnosis import read_diagnosis
 from finetune.reporting.doctor.findings import Diagnosis
 from finetune.runs import FIGURES, RunDirectory
@@ -49,6 +50,8 @@ class Record:
     diagnosis: Diagnosis | None
     result: Row | None
     """Figures of the sealed adapter or model: step and losses; None while there is none."""
+    diagnosed_before: str
+    """What the run has that its diagnosis did not see; empty where it saw all, or there is none."""
 
 
 def read_records(runs: Sequence[RunDirectory]) -> list[Record]:
@@ -59,6 +62,7 @@ def read_records(runs: Sequence[RunDirectory]) -> list[Record]:
 
 def _read(run: RunDirectory, name: str) -> Record:
     rows = {kind: tuple(found) for kind, found in _rows(run).items()}
+    diagnosis = read_diagnosis(run)
     environment = read_json(run.environment)
     return Record(
         name=name,
@@ -73,9 +77,19 @@ def _read(run: RunDirectory, name: str) -> Record:
         plan=_optional(run.plan) or {},
         results={path.stem: _results(path) for path in sorted(run.evaluations.glob("*.json"))},
         merge=_optional(run.path / "merge.json"),
-        diagnosis=read_diagnosis(run),
+        diagnosis=diagnosis,
         result=_optional(run.adapter / FIGURES) or _optional(run.model / FIGURES),
+        diagnosed_before=_unseen(run, diagnosis, rows["step"]) if diagnosis else "",
     )
+
+
+def _unseen(run: RunDirectory, diagnosis: Diagnosis, steps: Sequence[Row]) -> str:
+    last = steps[-1]["step"] if steps else 0
+    if last != diagnosis.steps:
+        return f"step {last:,}: it saw {diagnosis.steps:,} steps"
+    if run.results.is_file() and run.results.stat().st_mtime > (run.path / DIAGNOSIS).stat().st_mtime:
+        return "the last evaluation"
+    return ""
 
 
 def _rows(run: RunDirectory) -> dict[str, list[Row]]:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -222,6 +223,16 @@ def test_a_diagnosis_is_worded_as_on_a_terminal(make_run: Make) -> None:
     text = " ".join(parsed(run).text.split())
     assert "fall, nats: 0.1235; rows: 12,345; group: attention" in text
     assert note in text
+
+
+def test_a_diagnosis_of_less_than_there_is_says_so(make_run: Make) -> None:
+    run = make_run()
+    assert "Made before" not in parsed(run).text
+    results, doctor = run.results, run.path / "doctor.json"
+    os.utime(results, (doctor.stat().st_mtime + 60,) * 2)
+    assert "Made before the last evaluation" in " ".join(parsed(run).text.split())
+    doctor.write_text(json.dumps(DOCTOR | {"steps": 5}))
+    assert "Made before step 8: it saw 5 steps" in " ".join(parsed(run).text.split())
 
 
 def test_what_the_page_cannot_be_made_of_is_refused(make_run: Make, tmp_path: Path) -> None:
