@@ -4,9 +4,9 @@ Every figure is a ratio of sums over items (nats over tokens, right answers over
 together, such as one fact asked in three wordings, are one cluster: clusters are drawn, never items, because wordings of one fact tell
 little more than one of them does. Two systems are always drawn together, so that what is hard for both cancels out.
 
-Intervals are percentile intervals with Hesterberg's correction for small samples (1411.5279, section 3.3): the tails are those of a
-Student distribution, widened by k/(k - 1), without which 24 facts cover the truth less often than is claimed. Where every cluster says the
-same (0 of 24 right), a resample can say nothing else, so the bound is the binomial one: up to 14 % may still be right.
+Intervals are percentile intervals, corrected for small samples; where every cluster says the same, the bound is the binomial one
+(`resampling`). A contrast of several groups adds such bounds to what its resamples show as independent errors are added, each end for
+itself (Zou and Donner 2008, doi 10.1002/sim.3095): a group that agrees is no group that is known exactly.
 
 The p-value is that of the test that swaps the two systems cluster by cluster, which asks nothing of the distribution. A difference is only
 claimed where the interval excludes zero and p is below 0.05. Everything is seeded: the same items give the same intervals.
@@ -18,25 +18,33 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from finetune.evaluation.resampling import (
+    FEWEST_CLUSTERS,
+    LEVEL,
+    NORMAL,
+    Floats,
+    Interval,
+    agreed,
+    bounds,
+    count_for,
+    hidden,
+    parts,
+    resampled,
+)
 from finetune.evaluation.results import Change
 
-Floats = NDArray[np.float64]
 Transform = Literal["none", "exp"]
 
-LEVEL = 0.95
-DRAWS = 4000
-"""Resamples: the ends of an interval then move by about 3 % of its width from seed to seed."""
-FEWEST_CLUSTERS = 6
-"""With fewer, no difference can reach p < 0.05 (2 of 32 swaps of five clusters), and an interval would be a guess: none is given."""
 _SEED = 20_260_101
 _ALL_SWAPS = 12  # clusters up to which every swap is tried
-_CELLS = 2**21  # of a matrix of weights held at once: 16 MiB
-_WORK = 4 * 10**7  # picks of all resamples of one figure
+_SHARES, _CHANGES = (0.0, 1.0), (-1.0, 1.0)
+"""Where a share, and a change of one, can lie."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,31 +105,34 @@ class Comparison:
     intervals: dict[str, tuple[float, float]]
     """95 %, by system; none where there are too few clusters."""
     changes: dict[str, Change]
-    """Against the first system, by every other one."""
+    """By every system but the first: of a trained one against its base, of any other against the first."""
+    between: dict[str, Change]
+    """By every trained system but the first of them: against that one."""
 
 
-def compare(measured: Mapping[str, Quantity]) -> Comparison:
-    """One quantity of several systems, measured on the same items in the same order; the first system is what the others are held against.
+def compare(measured: Mapping[str, Quantity], bases: Mapping[str, str] = MappingProxyType({})) -> Comparison:
+    """One quantity of several systems, measured on the same items in the same order; ``bases``: what each trained one was trained from.
 
     Raises ValueError where the items differ.
     """
-    quantities = list(measured.values())
-    first = quantities[0]
-    if any(not np.array_equal(one.clusters, first.clusters) for one in quantities):
+    names, first = list(measured), next(iter(measured.values()))
+    if any(not np.array_equal(one.clusters, first.clusters) for one in measured.values()):
         raise ValueError(f"{first.name}: the systems were measured on different items")
-    columns = np.concatenate([cluster_sums(one) for one in quantities], axis=1)  # (k, 2 * systems)
-    sums = _resampled(columns, _SEED)
-    values = {name: one.value for name, one in measured.items()}
-    draws = {name: _values(sums[:, 2 * place : 2 * place + 2], first.transform) for place, name in enumerate(measured)}
-    intervals, changes = {}, {}
-    for place, (name, one) in enumerate(measured.items()):
-        pair = columns[:, [0, 1, 2 * place, 2 * place + 1]]
-        if len(columns) >= FEWEST_CLUSTERS:
-            intervals[name] = _bounds(draws[name], len(columns), _unanimous(pair[:, 2:], one.unit), (0.0, 1.0))
-        if place:
-            difference = one.value - first.value
-            changes[name] = _change(difference, draws[name] - draws[next(iter(measured))], pair, one)
-    return Comparison(values, intervals, changes)
+    sums = {name: cluster_sums(one) for name, one in measured.items()}
+    drawn = resampled(np.concatenate(list(sums.values()), axis=1), _SEED)  # (d, 2 * systems)
+    draws = {name: _values(drawn[:, 2 * place : 2 * place + 2], first.transform) for place, name in enumerate(names)}
+
+    def against(name: str, other: str) -> Change:
+        pair = np.concatenate([sums[other], sums[name]], axis=1)
+        return _change(measured[name].value - measured[other].value, draws[name] - draws[other], pair, measured[name])
+
+    trained = [name for name in names if name in bases]
+    return Comparison(
+        values={name: one.value for name, one in measured.items()},
+        intervals={name: _interval(draws[name], sums[name], one) for name, one in measured.items() if len(sums[name]) >= FEWEST_CLUSTERS},
+        changes={name: against(name, bases.get(name, names[0])) for name in names[1:]},
+        between={name: against(name, trained[0]) for name in trained[1:]},
+    )
 
 
 def cluster_sums(quantity: Quantity) -> Floats:
@@ -152,42 +163,61 @@ class Sampled:
     draws: Floats
     clusters: int
     """Of the smallest group that it rests on."""
+    below: float = 0.0
+    """How far under the value the truth may lie though no resample shows it: of shares on which all clusters of a group agree."""
+    above: float = 0.0
+    """The same over the value."""
 
     def __sub__(self, other: Sampled) -> Sampled:
-        """The difference of two numbers that rest on different items."""
-        return self._with(other, np.subtract)
+        """The difference of two numbers that rest on different items, or on the same ones drawn alike."""
+        return self._with(other, np.subtract, (math.hypot(self.below, other.above), math.hypot(self.above, other.below)))
 
     def over(self, other: Sampled) -> Sampled:
         """The ratio of two numbers; only sensible where ``other`` is surely not zero."""
-        return self._with(other, np.divide)
+        moved = self.times(1 / other.value) - other.times(self.value / other.value**2)  # the ratio's differential
+        return self._with(other, np.divide, (moved.below, moved.above))
 
     def times(self, factor: float) -> Sampled:
         """In another unit."""
-        return Sampled(self.value * factor, self.draws * factor, self.clusters)
+        ends = (self.below, self.above) if factor >= 0 else (self.above, self.below)
+        return Sampled(self.value * factor, self.draws * factor, self.clusters, *(abs(factor) * end for end in ends))
 
-    def _with(self, other: Sampled, operation: Callable[[Any, Any], Any]) -> Sampled:
+    def _with(self, other: Sampled, operation: Callable[[Any, Any], Any], unseen: Interval) -> Sampled:
         shared = min(len(self.draws), len(other.draws))
         draws = operation(self.draws[:shared], other.draws[:shared])
-        return Sampled(float(operation(self.value, other.value)), draws, min(self.clusters, other.clusters))
+        return Sampled(float(operation(self.value, other.value)), draws, min(self.clusters, other.clusters), *unseen)
 
     @property
-    def interval(self) -> tuple[float, float] | None:
+    def interval(self) -> Interval | None:
         """95 %; None where there are too few clusters."""
-        return _bounds(self.draws, self.clusters) if self.clusters >= FEWEST_CLUSTERS else None
+        if self.clusters < FEWEST_CLUSTERS:
+            return None
+        low, high = bounds(self.draws, self.clusters)
+        if self.below:
+            low = self.value - math.hypot(max(0.0, self.value - low), self.below)
+        if self.above:
+            high = self.value + math.hypot(max(0.0, high - self.value), self.above)
+        return low, high
 
     @property
     def p(self) -> float:
-        """Two-sided: how often resamples lie on the other side of zero."""
+        """Two-sided: how often resamples lie on the other side of zero; no less than the interval says where they do not show all of it."""
         beyond = min(int((self.draws <= 0).sum()), int((self.draws >= 0).sum()))
-        return min(1.0, 2 * (1 + beyond) / (1 + len(self.draws)))
+        counted = min(1.0, 2 * (1 + beyond) / (1 + len(self.draws)))
+        if self.interval is None or not (self.below or self.above):
+            return counted
+        room = self.value - self.interval[0] if self.value > 0 else self.interval[1] - self.value
+        return max(counted, 2 * NormalDist().cdf(-NORMAL * abs(self.value) / room)) if room else counted
 
 
 def sampled_change(before: Quantity, after: Quantity, group: int) -> Sampled:
     """The change of a quantity from one system to another; ``group`` numbers the set of items, so that different sets are drawn apart."""
     columns = np.concatenate([cluster_sums(before), cluster_sums(after)], axis=1)
-    sums = _resampled(columns, _SEED + 1 + group)
+    sums = resampled(columns, _SEED + 1 + group)
     draws = _values(sums[:, 2:], after.transform) - _values(sums[:, :2], before.transform)
-    return Sampled(after.value - before.value, draws, len(columns))
+    same = _agreed_change(columns, before.unit)
+    unseen = (0.0, 0.0) if same is None else hidden(same, len(columns), _CHANGES)
+    return Sampled(after.value - before.value, draws, len(columns), *unseen)
 
 
 # --- the parts -----------------------------------------------------------------------------------------------------------------------
@@ -203,53 +233,20 @@ def _values(sums: Floats, transform: Transform) -> Floats:
     return values
 
 
-def _resampled(columns: Floats, seed: int) -> Floats:
-    """(d, m): the sums of the (k, m) ``columns`` over k clusters drawn with replacement, d times."""
-    generator, k = np.random.default_rng(seed), len(columns)
-    draws = min(DRAWS, max(DRAWS // 8, _WORK // k))  # ends of intervals from many clusters are steady enough with fewer resamples
-    found = np.empty((draws, columns.shape[1]))
-    for part in _parts(draws, k):
-        count = part.stop - part.start
-        picks = generator.integers(0, k, (count, k)) + np.arange(count)[:, None] * k
-        weights = np.bincount(picks.ravel(), minlength=count * k).reshape(count, k)
-        found[part] = weights.astype(np.float64) @ columns
-    return found
+def _interval(draws: Floats, sums: Floats, quantity: Quantity) -> Interval:
+    """Of the figure that (k, 2) ``sums`` make."""
+    same = agreed(sums[:, 0] / sums[:, 1], quantity.unit)
+    return bounds(draws, len(sums)) if same is None else _around(same, len(sums), _SHARES)
 
 
-def _parts(count: int, width: int) -> Iterator[slice]:
-    """``count`` rows of ``width`` cells in slices of bounded size."""
-    rows = max(1, _CELLS // width)
-    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+def _around(value: float, clusters: int, limits: Interval) -> Interval:
+    below, above = hidden(value, clusters, limits)
+    return value - below, value + above
 
 
-def _bounds(draws: Floats, clusters: int, unanimous: float | None = None, limits: tuple[float, float] = (-1.0, 1.0)) -> tuple[float, float]:
-    """The interval of ``draws``; of a share on which all clusters agree (``unanimous``), what may be true of others, within ``limits``."""
-    if unanimous is not None:
-        other = 1 - ((1 - LEVEL) / 2) ** (1 / clusters)  # share of clusters that may differ though none was seen (Clopper-Pearson)
-        low, high = limits
-        return unanimous - other * (unanimous - low), unanimous + other * (high - unanimous)
-    student = _student(clusters - 1)
-    tail = NormalDist().cdf(-math.sqrt(clusters / (clusters - 1)) * student)
-    ends = np.quantile(draws, [tail, 1 - tail])
-    return float(ends[0]), float(ends[1])
-
-
-def _student(freedom: int) -> float:
-    """The upper 2.5 % point of Student's distribution, by its expansion in 1/freedom (Abramowitz and Stegun 26.7.5); 5 or more."""
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92_160,
-    )
-    return float(z + sum(term / freedom**power for power, term in enumerate(terms, start=1)))
-
-
-def _unanimous(sums: Floats, unit: str) -> float | None:
-    """The share that every cluster of (k, 2) ``sums`` has; None where they differ, or it is no share."""
-    shares = sums[:, 0] / sums[:, 1]
-    return float(shares[0]) if unit == "share" and np.ptp(shares) == 0 else None
+def _agreed_change(pair: Floats, unit: str) -> float | None:
+    """The change that every cluster of the (k, 4) sums of two systems has; None where they differ, or it is no change of a share."""
+    return agreed(pair[:, 2] / pair[:, 3] - pair[:, 0] / pair[:, 1], unit)
 
 
 def _change(difference: float, draws: Floats, pair: Floats, quantity: Quantity) -> Change:
@@ -257,11 +254,10 @@ def _change(difference: float, draws: Floats, pair: Floats, quantity: Quantity) 
     clusters = len(pair)
     if clusters < FEWEST_CLUSTERS:
         return Change(difference, None, None, None, verdict(None, 1.0, quantity.better, clusters))
-    first, second = pair[:, 0] / pair[:, 1], pair[:, 2] / pair[:, 3]
-    same = quantity.unit == "share" and np.ptp(second - first) == 0
-    bounds = _bounds(draws, clusters, float(second[0] - first[0]) if same else None)
+    same = _agreed_change(pair, quantity.unit)
+    ends = bounds(draws, clusters) if same is None else _around(same, clusters, _CHANGES)
     p = _swap_test(pair, quantity.transform)
-    return Change(difference, *bounds, p, verdict(bounds, p, quantity.better, clusters))
+    return Change(difference, *ends, p, verdict(ends, p, quantity.better, clusters))
 
 
 def _swap_test(pair: Floats, transform: Transform) -> float:
@@ -288,5 +284,5 @@ def _swaps(k: int) -> Iterator[NDArray[np.int8]]:
         yield ((np.arange(2**k)[:, None] >> np.arange(k)) & 1).astype(np.int8)
         return
     generator = np.random.default_rng(_SEED)
-    for part in _parts(min(DRAWS, max(DRAWS // 8, _WORK // k)), k):
+    for part in parts(count_for(k), k):
         yield generator.integers(0, 2, (part.stop - part.start, k), dtype=np.int8)
