@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from finetune.data.render import Renderer
 from finetune.errors import DataError, HardwareError
 from finetune.evaluation import measured_rows
 from finetune.evaluation.generate_task import measure, metrics_of
-from finetune.evaluation.generation import Decoding, continuations, token_f1
+from finetune.evaluation.generation import Answer, Decoding, continuations, token_f1
 from finetune.scoring import Scorer
 
 
@@ -63,6 +64,44 @@ def test_the_end_of_the_turn_ends_an_answer(fp32: Scorer, tokens: Renderer) -> N
         assert not any(one.ended for one in continuations(fp32, tokens, ids, Decoding(6)))
     finally:
         never.remove()
+
+
+def greedy_alone(model: Any, tokens: Renderer, prompt: tuple[int, ...], limit: int) -> Answer:
+    """No batch, no padding, no cache and no `generate`: the likeliest token of a whole forward pass, again and again."""
+    ids, new = list(prompt), []
+    while len(new) < limit:
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token in (tokens.end_of_turn, tokens.tokenizer.eos_token_id):
+            return Answer(tokens.tokenizer.decode(new, skip_special_tokens=True).strip(), ended=True)
+        ids.append(token)
+        new.append(token)
+    return Answer(tokens.tokenizer.decode(new, skip_special_tokens=True).strip(), ended=False)
+
+
+@pytest.fixture
+def attentive(make_tiny_model: Callable[..., Path], tokens: Renderer) -> Iterator[Any]:
+    """In fp32, with weights so large that answers follow from the whole prompt, and about half of them end."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tied=False, initializer_range=0.3), dtype=torch.float32).eval()
+    more = torch.zeros(model.config.vocab_size).index_fill(0, torch.tensor(tokens.end_of_turn), 4.0)
+    hook = model.get_output_embeddings().register_forward_hook(lambda _module, _inputs, logits: logits + more)
+    yield model
+    hook.remove()
+
+
+def test_batched_greedy_answers_are_those_of_a_loop_over_single_prompts(attentive: Any, tokens: Renderer) -> None:
+    """Prompts of many lengths in one batch, some of whose answers end long before the others."""
+    asked = [tokens.prompt((Message("user", "What is " + "it " * (3 * number) + f"{number}?"),)) for number in (7, 2, *range(12))]
+    alone = [greedy_alone(attentive, tokens, prompt, 12) for prompt in asked]
+    assert len({one.text for one in alone}) >= 8
+    assert 4 <= sum(one.ended for one in alone) <= 10
+    sizes: list[int] = []
+    attentive.register_forward_pre_hook(lambda _module, _args, given: sizes.append(len(given["input_ids"])), with_kwargs=True)
+    together = continuations(Scorer(attentive, torch.device("cpu"), "fp32", 2048), tokens, asked, Decoding(12))
+    assert set(sizes) == {len(asked)}
+    assert together == alone
 
 
 def test_draws_follow_the_seed_and_leave_the_random_state_alone(fp32: Scorer, tokens: Renderer) -> None:
