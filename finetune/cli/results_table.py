@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -20,7 +20,10 @@ _BESIDE = 14
 
 
 def results_table(results: Any) -> Table:
-    """Figures of every system. Two stand side by side, their change in columns of its own; more, or longer names, take a line each."""
+    """Figures of every system. Two stand side by side, their change in columns of its own; more, or longer names, take a line each.
+
+    Changes are from a trained system's own base. Below those of a second trained one stand its changes from the first of them.
+    """
     table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("measured", overflow="fold")
     systems: Sequence[str] = results.systems
@@ -33,20 +36,27 @@ def results_table(results: Any) -> Table:
         counts = dict.fromkeys(figure.n for figure in figures)
         table.add_row(Text(heading, style="bold") + Text(f"  n={', '.join(map(str, counts))}", style="dim"))
         for figure in figures:
-            _add_figure(table, figure, systems, beside=beside)
+            _add_figure(table, figure, systems, results.trained, beside=beside)
     _add_headlines(table, results, len(columns))
     return table
 
 
-def _add_figure(table: Table, figure: Any, systems: Sequence[str], *, beside: bool) -> None:
+def _add_figure(table: Table, figure: Any, systems: Sequence[str], bases: Mapping[str, str], *, beside: bool) -> None:
     values = [Text(value(figure.values[system], figure.intervals.get(system))) for system in systems]
-    changes = [_change(figure, systems[0], system) for system in systems[1:]]
+    changes = [_change(figure, bases.get(system, systems[0]), system) for system in systems[1:]]
     if beside:
         table.add_row(_label(figure), *values, *(part for change in changes for part in change))
         return
     table.add_row(_label(figure))
+    first = next((system for system in systems if system in bases), "")
     for system, number, change in zip(systems, values, [(), *changes], strict=True):
         table.add_row(_indented(Text(system), 4), number, *change)
+        if system in figure.between:
+            table.add_row(
+                _indented(Text(f"against {first}", style="dim"), 6),
+                "",
+                *_said(figure.between[system]),
+            )
 
 
 def _label(figure: Any) -> Padding:
@@ -91,7 +101,7 @@ def value(number: float, interval: tuple[float, float] | None, sign: str = "") -
 
 
 def _add_headlines(table: Table, results: Any, columns: int) -> None:
-    """What follows from several figures at once, each a change against the first system: in the last two of ``columns``."""
+    """What follows from several figures at once, each a change against a system's own base: in the last two of ``columns``."""
     for system, members in groupby(results.headlines, key=lambda one: one.system):
         table.add_row(Text(f"what {system} learned", style="bold"))
         for one in members:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from finetune.evaluation.results import Figure, Sample
 from finetune.evaluation.statistics import Quantity, compare
@@ -35,12 +36,14 @@ def alike(name: str, measured: dict[str, Measurement], notes: list[str]) -> dict
     }
 
 
-def side_by_side(task: str, measured: Mapping[str, Measurement]) -> tuple[list[Figure], list[Sample]]:
-    """Join the measurements of all systems, the first of which is what the others are held against."""
+def side_by_side(
+    task: str, measured: Mapping[str, Measurement], bases: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[Figure], list[Sample]]:
+    """Join the measurements of all systems; ``bases``: what each trained one is held against, others against the first."""
     first = next(iter(measured.values()))
     figures = []
     for place, one in enumerate(first.quantities):
-        found = compare({system: measurement.quantities[place] for system, measurement in measured.items()})
-        figures.append(Figure(task, one.name, one.unit, one.n, found.values, one.better, found.intervals, found.changes))
+        found = compare({system: measurement.quantities[place] for system, measurement in measured.items()}, bases)
+        figures.append(Figure(task, one.name, one.unit, one.n, found.values, one.better, found.intervals, found.changes, found.between))
     samples = [Sample(*key, {system: found.answers[key] for system, found in measured.items()}) for key in first.answers]
     return figures, samples

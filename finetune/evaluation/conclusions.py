@@ -29,15 +29,19 @@ loss of answers and beats titles never read: only the last two tell whether term
 _GROUPS = (TRAINED, ASKED, READ, CONTROL, "general text")
 
 
-def headlines(measured: Mapping[str, Mapping[str, Measurement]]) -> tuple[Headline, ...]:
-    """The four of every system against the first; ``measured`` is by task, then by system. Empty where no knowledge was measured."""
+def headlines(measured: Mapping[str, Mapping[str, Measurement]], bases: Mapping[str, str]) -> tuple[Headline, ...]:
+    """The four of every system in ``bases`` against the one it names; ``measured`` is by task, then by system.
+
+    Empty where no knowledge was measured. What differs from its base for another reason than training has learned nothing: no plain
+    models, and no other base.
+    """
     systems = measured.get("knowledge", {})
-    first = next(iter(systems), "")
     found: list[Headline] = []
-    for system in [*systems][1:]:
-        for measure_name in HEADLINES:
-            found += _conclusions(system, measure_name, systems[first], systems[system])
-        found += _efficiency(system, first, measured)
+    for system, base in bases.items():
+        if system in systems:
+            for measure_name in HEADLINES:
+                found += _conclusions(system, measure_name, systems[base], systems[system])
+            found += _efficiency(system, base, measured)
     return tuple(found)
 
 
@@ -71,14 +75,14 @@ def _arm_change(arm: str, measure_name: str, before: Measurement, after: Measure
     return sampled_change(one, other, _GROUPS.index(arm)) if one and other else None
 
 
-def _efficiency(system: str, first: str, measured: Mapping[str, Mapping[str, Measurement]]) -> Iterator[Headline]:
+def _efficiency(system: str, base: str, measured: Mapping[str, Mapping[str, Measurement]]) -> Iterator[Headline]:
     """Nothing where no general text was measured, or where it cannot be told that any was forgotten: a ratio to zero says nothing."""
     general = measured.get("forgetting", {})
     if system not in general:
         return
-    before, after = (general[name].named("general text: loss") for name in (first, system))
+    before, after = (general[name].named("general text: loss") for name in (base, system))
     trained, control = (
-        _arm_change(arm, HEADLINES[0], *(measured["knowledge"][name] for name in (first, system))) for arm in (TRAINED, CONTROL)
+        _arm_change(arm, HEADLINES[0], *(measured["knowledge"][name] for name in (base, system))) for arm in (TRAINED, CONTROL)
     )
     if not (before and after and trained and control):
         return

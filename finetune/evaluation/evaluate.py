@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, assert_never
@@ -20,44 +20,30 @@ from finetune.config.schema import (
     ForgettingTask,
     GenerateTask,
     HarnessTask,
-    Icd10cm,
     KnowledgeTask,
     LossTask,
     Task,
 )
-from finetune.data.render import Example, Renderer
-from finetune.data.stored import load_rows
-from finetune.errors import ConfigError, VerificationError
+from finetune.data.render import Renderer
+from finetune.errors import ConfigError
 from finetune.evaluation import choices_task, forgetting, generate_task, harness, knowledge, loss_task
 from finetune.evaluation.comparison import Measurement, alike, side_by_side
 from finetune.evaluation.conclusions import headlines
 from finetune.evaluation.items import Measured, write_items
+from finetune.evaluation.materials import Materials, materials_of, trained_on_others
 from finetune.evaluation.measured_rows import identity
 from finetune.evaluation.request import Request
 from finetune.evaluation.results import Figure, Results, Sample
 from finetune.evaluation.systems import Opened, System, model_directory, open_target
-from finetune.evaluation.targets import Target, column_names, require_apart
+from finetune.evaluation.targets import column_names, require_apart
 from finetune.hardware import environment
-from finetune.model.load import load_tokenizer
-from finetune.runs import open_run
-from finetune.sealed import read_json, sha256_of, write_json
+from finetune.sealed import write_json
 
 Progress = Callable[[str, str, int], None]
 """(task, system, items done since the last call)"""
 
 BASE = "base"
 """Column of the model before training."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Materials:
-    """What tasks take from the runs among the targets."""
-
-    validation: Sequence[Example] = ()
-    tokenizer: str = ""
-    """Hash of the tokenizer that the validation rows are tokens of."""
-    facts: tuple[Icd10cm, ...] = ()
-    record: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -70,6 +56,8 @@ class _Gathered:
     notes: list[str] = field(default_factory=list)
     bases: dict[str, str] = field(default_factory=dict)
     """Identity of a base -> its column."""
+    trained: dict[str, str] = field(default_factory=dict)
+    """Column of each trained target -> that of its base."""
     tokenizers: set[str] = field(default_factory=set)
 
     def systems(self, request: Request) -> tuple[str, ...]:
@@ -107,9 +95,9 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Results:
 # --- before anything is loaded -------------------------------------------------------------------------------------------------------
 
 
-def _prepared(request: Request) -> tuple[dict[str, Task], _Materials, list[str]]:
+def _prepared(request: Request) -> tuple[dict[str, Task], Materials, list[str]]:
     """The tasks that can be measured, what they need of runs, and notes on those left out; ConfigError where one asked for cannot be."""
-    materials = _materials(request)
+    materials = materials_of(request)
     tasks, notes = {}, []
     for name, task in request.tasks.items():
         if isinstance(task, LossTask) and task.data is None and not materials.validation:
@@ -135,33 +123,6 @@ def _prepared(request: Request) -> tuple[dict[str, Task], _Materials, list[str]]
     return tasks, materials, notes
 
 
-def _materials(request: Request) -> _Materials:
-    """Validation rows of the first run that has some, facts of the first that was trained on some."""
-    facts: tuple[Icd10cm, ...] = ()
-    found = _Materials()
-    for target in request.targets:
-        if target.kind != "run":
-            continue
-        sources = request.configs[target.word].data.train
-        facts = facts or tuple(source for source in sources if isinstance(source, Icd10cm))
-        if not found.validation:
-            found = _validation(target)
-    return _Materials(found.validation, found.tokenizer, facts, found.record)
-
-
-def _validation(target: Target) -> _Materials:
-    run = open_run(target.path)
-    directory = run.require_finished()
-    digest = sha256_of(run.rows) if run.rows.is_file() else ""
-    if digest != read_json(run.environment)["rows_sha256"]:
-        raise VerificationError("the run's validation rows are not those it was validated on", where=str(run.rows), fix="restore the file")
-    rows, is_validation = load_rows(run.rows)
-    if not is_validation:
-        return _Materials()
-    record = {"run": str(target.path.resolve()), "rows": len(rows), "sha256": digest}
-    return _Materials(rows, Renderer(load_tokenizer(directory)).tokenizer_hash, (), record)
-
-
 # --- measuring -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +131,7 @@ class _Work:
     """What is done with each model."""
 
     tasks: Mapping[str, Task]
-    materials: _Materials
+    materials: Materials
     settings: Evaluation
     progress: Progress
 
@@ -185,6 +146,8 @@ def _measure_target(column: str, opened: Opened, work: _Work, gathered: _Gathere
         gathered.bases[opened.base_identity] = base_column
         gathered.records[base_column] = {"kind": "base", "of": column}
         _measure_system(base_column, opened.base(), work, gathered)
+    if opened.base is not None:
+        gathered.trained[column] = gathered.bases[opened.base_identity]
     _measure_system(column, opened.tuned, work, gathered)
 
 
@@ -224,7 +187,7 @@ def _loss(name: str, task: LossTask, system: System, work: _Work, watched: tuple
     return loss_task.measure_validation(system.scorer, name, work.materials.validation, advance)
 
 
-def _require_tokenizer(renderer: Renderer, materials: _Materials, column: str) -> None:
+def _require_tokenizer(renderer: Renderer, materials: Materials, column: str) -> None:
     if renderer.tokenizer_hash != materials.tokenizer:
         raise ConfigError(
             f"{column} has another tokenizer than the run whose validation rows are measured",
@@ -242,9 +205,10 @@ def _results(request: Request, tasks: Mapping[str, Task], gathered: _Gathered, m
     figures: list[Figure] = []
     samples: list[Sample] = []
     for name, task in tasks.items():
-        found = _joined(name, task, measured[name])
+        found = _joined(name, task, measured[name], gathered.trained)
         figures += found[0]
         samples += found[1]
+    concluded = headlines({task.task: measured[name] for name, task in tasks.items()}, _judged(request, tasks, gathered))
     return Results(
         str(request.targets[0].path if request.targets[0].kind == "run" else request.targets[0].word),
         gathered.systems(request),
@@ -252,14 +216,29 @@ def _results(request: Request, tasks: Mapping[str, Task], gathered: _Gathered, m
         tuple(samples),
         seconds,
         tuple(gathered.notes),
-        headlines({task.task: measured[name] for name, task in tasks.items()}),
+        concluded,
+        bases=gathered.trained,
         record=_record(request, tasks, gathered.records),
     )
 
 
-def _joined(name: str, task: Task, measured: Mapping[str, Measurement]) -> tuple[list[Figure], list[Sample]]:
+def _judged(request: Request, tasks: Mapping[str, Task], gathered: _Gathered) -> dict[str, str]:
+    """The trained columns of which conclusions can be drawn, with their bases; notes on the others, and on bases apart."""
+    found = dict(gathered.trained)
+    apart = [f"of {column} from {base}" for column, base in found.items() if base != BASE]
+    if apart:
+        gathered.notes.append(f"each trained model is compared with its own base: changes {', '.join(apart)}, all others from {BASE}")
+    for task in tasks.values():
+        if isinstance(task, KnowledgeTask):
+            others, notes = trained_on_others(request, task)
+            found = {column: base for column, base in found.items() if column not in others}
+            gathered.notes += notes
+    return found
+
+
+def _joined(name: str, task: Task, measured: Mapping[str, Measurement], bases: Mapping[str, str]) -> tuple[list[Figure], list[Sample]]:
     try:
-        return side_by_side(task.task, measured)
+        return side_by_side(task.task, measured, bases)
     except ValueError as error:
         raise ConfigError(
             f"{name}: the models were not measured on the same items ({error})",
@@ -273,7 +252,7 @@ def _record(request: Request, tasks: Mapping[str, Task], systems: dict[str, Any]
     data = {
         name: identity(task.data) for name, task in tasks.items() if isinstance(task, (LossTask, GenerateTask, ChoicesTask)) and task.data
     }
-    materials = _materials(request)
+    materials = materials_of(request)
     asked = {name: knowledge.digests(materials.facts, task) for name, task in tasks.items() if isinstance(task, KnowledgeTask)}
     return {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),

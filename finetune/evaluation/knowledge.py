@@ -72,6 +72,18 @@ def digests(sources: Sequence[Icd10cm], task: KnowledgeTask) -> dict[str, str]:
     return {section.label: digest(section.asked) for section in sections(sources, task)}
 
 
+def is_same(one: Sequence[Icd10cm], other: Sequence[Icd10cm], task: KnowledgeTask) -> bool:
+    """Whether ``task`` asks the same of both, and each fact is in the same arm of both: else one cannot be judged by the other's.
+
+    Right and shuffled answers are the same benchmark where a run has but one of them; so is any replay.
+    """
+    kinds = {*task.asks, *(("knowledge",) if task.controls else ())}
+    taught = [{relation for source in sources for relation in source.relations} for sources in (one, other)]
+    if any(bool(taught[0] & {*taught_by(kind)}) != bool(taught[1] & {*taught_by(kind)}) for kind in kinds):
+        return False
+    return digests(one, task) == digests(other, task)
+
+
 @dataclass(frozen=True, slots=True)
 class _Marked:
     """A question and how a model took it."""

@@ -12,7 +12,7 @@ from finetune.sealed import read_json
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """How a system differs from the first one on the same items."""
+    """How a system differs from another on the same items."""
 
     difference: float
     low: float | None
@@ -42,7 +42,9 @@ class Figure:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     """95 % bootstrap interval by system; empty where there are too few items, and in files of older versions."""
     changes: dict[str, Change] = field(default_factory=dict)
-    """Against the first system, by every other one; empty in files of older versions."""
+    """By every system but the first: of a trained one against its base (`Results.bases`), of any other against the first."""
+    between: dict[str, Change] = field(default_factory=dict)
+    """By every trained system but the first of them: against that one. Empty for one trained system, and in files of older versions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,24 +88,39 @@ class Results:
     headlines: tuple[Headline, ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
     """All that is needed to measure the same again."""
+    bases: dict[str, str] = field(default_factory=dict)
+    """Each trained system -> that of the model it was trained from; empty in files of older versions."""
 
     def as_dict(self) -> dict[str, Any]:
         """For eval/*.json and `--json`."""
         return asdict(self)
 
     @property
+    def trained(self) -> dict[str, str]:
+        """`bases`; of an older file, each system that is no base and no plain model, against the first, as its changes are."""
+        targets = self.record.get("systems", {})
+        kinds = {name: targets.get(name, {}).get("kind", "run") for name in self.systems}
+        if self.bases or list(kinds.values()).count("base") > 1:  # older files with several bases do not say whose each is
+            return self.bases
+        return {name: self.systems[0] for name in self.systems[1:] if kinds[name] in ("run", "adapter")}
+
+    @property
     def headline(self) -> str | None:
-        """What was learned in a sentence: style is what facts never trained gain, substance what trained facts gain beyond it."""
-        if len(self.systems) < 2:
-            return None
-        first, second = self.systems[:2]
-        changes = {figure.name: figure.values[second] - figure.values[first] for figure in self.figures}
+        """What each trained system learned, a sentence each; None where no knowledge was measured."""
+        concluded = {one.system for one in self.headlines} or set(self.trained)
+        said = {name: self._learned(name, base) for name, base in self.trained.items() if name in concluded}
+        found = [f"{name}: {words}" if len(self.trained) > 1 else words for name, words in said.items() if words]
+        return "\n".join(found) or None
+
+    def _learned(self, system: str, base: str) -> str | None:
+        """Style is what facts never trained gain, substance what trained facts gain beyond it."""
+        changes = {figure.name: figure.values[system] - figure.values[base] for figure in self.figures}
         trained, control = changes.get("all trained facts: answer loss"), changes.get("never trained (control): answer loss")
         if trained is None or control is None:
             return None
         said = f"The answer loss of trained facts changed by {trained:+.2f} nats a token, that of facts never trained by {control:+.2f}: "
         substance, bound = (
-            next((one.change for one in self.headlines if (one.name, one.measure, one.system) == ("substance", measure, second)), None)
+            next((one.change for one in self.headlines if (one.name, one.measure, one.system) == ("substance", measure, system)), None)
             for measure in ("answer loss", "binding to its question")
         )
         said += f"{control:+.2f} is style, {trained - control:+.2f} goes beyond it{_sure(substance)}."
@@ -145,10 +162,11 @@ def _results(found: dict[str, Any]) -> Results:
     samples = tuple(Sample(**sample) for sample in found["samples"])
     headlines = tuple(Headline(**(one | {"change": Change(**one["change"])})) for one in found.get("headlines", ()))
     notes, record = tuple(found.get("notes", ())), found.get("record", {})
-    return Results(found["run"], tuple(found["systems"]), figures, samples, found["seconds"], notes, headlines, record)
+    systems, bases = tuple(found["systems"]), found.get("bases", {})
+    return Results(found["run"], systems, figures, samples, found["seconds"], notes, headlines, record, bases)
 
 
 def _figure(stored: dict[str, Any]) -> Figure:
     intervals = {system: (low, high) for system, (low, high) in stored.get("intervals", {}).items()}
-    changes = {system: Change(**change) for system, change in stored.get("changes", {}).items()}
-    return Figure(**(stored | {"intervals": intervals, "changes": changes}))
+    changes, between = ({system: Change(**one) for system, one in stored.get(key, {}).items()} for key in ("changes", "between"))
+    return Figure(**(stored | {"intervals": intervals, "changes": changes, "between": between}))

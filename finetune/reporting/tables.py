@@ -149,12 +149,14 @@ def _trainable(record: Record) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A value of one system, with how sure it is and how it compares with the first."""
+    """A value of one system, with how sure it is and how it compares with its base, or with the first system."""
 
     value: str
     interval: str = ""
     change: str = ""
     verdict: str = ""
+    between: str = ""
+    """How it compares with the first trained system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +215,9 @@ def _cell(figure: Row, system: str) -> Cell:
     cell = Cell(_fixed(figure["values"].get(system)), f"{_fixed(interval[0])} to {_fixed(interval[1])}" if interval else "")
     if not change:
         return cell
-    return Cell(cell.value, cell.interval, _worded(change), str(change["verdict"]))
+    other = figure.get("between", {}).get(system)
+    between = f"{_worded(other)}; {other['verdict']}" if other else ""
+    return Cell(cell.value, cell.interval, _worded(change), str(change["verdict"]), between)
 
 
 def _worded(change: Row) -> str:

@@ -14,6 +14,7 @@ from finetune.errors import ConfigError
 from finetune.runs import RunDirectory
 from finetune.sealed import read_json, write_json
 from finetune.sweeping.carry_out import Outcome
+from finetune.sweeping.measured import own_columns
 
 RECORD = "sweep.json"
 """In the directory of a sweep."""
@@ -100,7 +101,10 @@ def _figures(run: RunDirectory) -> Iterator[tuple[str, Shown]]:
     if not results.is_file():
         return
     found = read_json(results)
-    base, tuned = found["systems"][:2]
+    columns = own_columns(run, found)
+    if columns is None:
+        return
+    base, tuned = columns
     for figure in found["figures"]:
         change = figure.get("changes", {}).get(tuned, {})
         yield figure["name"], _shown(figure["values"][tuned], figure["values"][base], change, figure["better"])

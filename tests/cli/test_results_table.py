@@ -90,6 +90,19 @@ def test_two_systems_with_long_names_do_not_take_the_place_of_what_was_measured(
     assert any(line.endswith("-2.83 ±0.40 better") for line in text)
 
 
+def test_a_second_trained_system_is_compared_with_its_base_and_with_the_first() -> None:
+    found = _results("other")
+    figures = tuple(replace(figure, changes={}, between={"other": NONE}) for figure in found.figures)
+    text = [" ".join(line.split()) for line in _lines(replace(found, figures=figures, bases={"tuned": "base", "other": "tuned"}))]
+    measured = text.index("answer loss (nats/token)")
+    assert text[measured + 2 : measured + 5] == [
+        "tuned 4.10 ±0.45 -1.000",
+        "other 3.10 ±0.45 -1.000",
+        "against tuned +0.05 ±0.15 no difference",
+    ]
+    assert not any("against" in line for line in _lines(found))
+
+
 def test_one_system_has_its_values_alone() -> None:
     both = _results()
     figures = tuple(replace(figure, changes={}) for figure in both.figures)

@@ -180,7 +180,7 @@ def _planted(gain: dict[str, float], forgotten: float) -> dict[str, dict[str, Me
 
 def test_substance_is_what_trained_facts_gain_beyond_the_control() -> None:
     planted = _planted({ASKED: 3.0, READ: 2.0, TRAINED: 2.5, CONTROL: 0.5}, forgotten=0.1)
-    found = {(one.name, one.measure): one for one in headlines(planted)}
+    found = {(one.name, one.measure): one for one in headlines(planted, {"tuned": "base"})}
     for name, expected in {"style": -0.5, "substance": -2.0, "extraction gap": -1.0}.items():
         change = found[name, "answer loss"].change
         assert change.difference == pytest.approx(expected, abs=0.1)
@@ -197,11 +197,11 @@ def test_substance_is_what_trained_facts_gain_beyond_the_control() -> None:
 
 def test_there_is_no_efficiency_where_nothing_was_surely_forgotten() -> None:
     planted = _planted({ASKED: 3.0, READ: 2.0, TRAINED: 2.5, CONTROL: 0.5}, forgotten=-0.02)
-    assert not [one for one in headlines(planted) if one.name == "efficiency"]
+    assert not [one for one in headlines(planted, {"tuned": "base"}) if one.name == "efficiency"]
 
 
 def test_without_knowledge_there_are_no_conclusions() -> None:
-    assert headlines({}) == ()
+    assert headlines({}, {"tuned": "base"}) == ()
 
 
 def test_the_page_shows_settings_that_are_valid_and_names_every_section() -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from finetune import api
 from finetune.errors import ConfigError, VerificationError
 from finetune.evaluation.items import read_items
-from finetune.evaluation.results import Results
+from finetune.evaluation.results import Results, read_results
 from finetune.evaluation.targets import column_names, find_targets
+from finetune.runs import RunDirectory
 from finetune.sealed import seal
 
 FORGETTING = "evaluation.tasks=[{task: forgetting}]"
@@ -138,6 +139,21 @@ def test_models_share_the_rows_of_the_run_and_bases_that_are_equal_are_one(run: 
     assert (run / "eval" / "together.json").is_file()
     figure = next(figure for figure in results.figures if figure.name == "validation: loss")
     assert set(figure.changes) == {tiny_model_dir.name, "first", "moved"}
+
+
+def test_runs_of_two_bases_are_each_compared_with_their_own_and_with_one_another(run: Path, tmp_path: Path) -> None:
+    changes = ["quantization.method=none", f"output={tmp_path / 'plain'}"]
+    other = api.train(api.load_config(run / "config.yaml", changes).config).path
+    results = api.evaluate(run, [other], overrides=[FORGETTING], name="bases")
+    assert results.systems == ("base", "base of plain", "first", "plain")
+    assert results.bases == {"first": "base", "plain": "base of plain"}
+    assert "each trained model is compared with its own base: changes of plain from base of plain, all others from base" in results.notes
+    figure = next(one for one in results.figures if one.name == "general text: loss")
+    assert figure.changes["plain"].difference == pytest.approx(figure.values["plain"] - figure.values["base of plain"])
+    assert figure.changes["first"].difference == pytest.approx(figure.values["first"] - figure.values["base"])
+    assert figure.between.keys() == {"plain"}
+    assert figure.between["plain"].difference == pytest.approx(figure.values["plain"] - figure.values["first"])
+    assert read_results(RunDirectory(run), "bases.json") == results
 
 
 def test_full_tuning_that_changed_nothing_is_measured_as_no_change_in_bf16(tiny_model_dir: Path, chat_file: Path, tmp_path: Path) -> None:

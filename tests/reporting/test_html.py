@@ -188,6 +188,16 @@ def test_a_run_of_an_older_version_has_a_page_too(make_run: Make) -> None:
     assert [chart["title"] for chart in json.loads(page.scripts[0])["charts"]][-1] == "Throughput"
 
 
+def test_a_second_trained_model_is_shown_against_the_first(make_run: Make) -> None:
+    run = make_run()
+    results: dict[str, Any] = json.loads((run.evaluations / "results.json").read_text())
+    one = results["figures"][0]
+    one["between"] = {"tuned": {"difference": 0.125, "low": 0.0625, "high": 0.1875, "p": 0.01, "verdict": "worse"}}
+    (run.evaluations / "results.json").write_text(json.dumps(results))
+    text = " ".join(parsed(run).text.split())
+    assert text.count("against the first trained: +0.125 (+0.062 to +0.188); worse") == 1
+
+
 def test_several_runs_are_compared(make_run: Make, tmp_path: Path) -> None:
     runs = [make_run("slow", rate=0.1), make_run("fast", steps=4, rate=0.2)]
     page = Parsed(write_report(runs, tmp_path / "both.html").read_text())
