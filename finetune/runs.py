@@ -124,6 +124,11 @@ class RunDirectory:
         return self.evaluations / "results.json"
 
     @property
+    def items(self) -> Path:
+        """What `results` were summed from."""
+        return self.evaluations / "items" / self.results.name
+
+    @property
     def report(self) -> Path:
         """The self-contained page."""
         return self.path / "report.html"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from finetune.sweeping.carry_out import Doing
     from finetune.sweeping.table import Row, Table
 
+_CODES = range(1, 7)
 _WIDEST = 3
 """Further figures that 80 columns hold."""
 
@@ -32,7 +33,7 @@ def sweep(
 
     SWEEP names a configuration, arms (sets of overrides) and a grid (key -> values): each arm is run with each combination.
     Every configuration is checked before the first run. The same command goes on after an interruption.
-    A run that diverges or does not fit is told in the table and does not end the others.
+    A run that diverges or does not fit is told in the table and does not end the others; the exit code is then its own.
     """
     from finetune.cli import view
 
@@ -47,11 +48,15 @@ def sweep(
     table, page = api.sweep(planned, tell)
     if as_json:
         sys.stdout.write(json.dumps(table.as_dict() | {"report": str(page) if page else None}, indent=2, allow_nan=False) + "\n")
-        return
-    _show(table)
-    if page:
-        view.note(f"curves of all runs: {page}")
-    sys.stdout.write(f"{planned.directory}\n")
+    else:
+        _show(table)
+        if page:
+            view.note(f"curves of all runs: {page}")
+        sys.stdout.write(f"{planned.directory}\n")
+    failed = [row for row in table.rows if row.failure is not None]
+    if failed:
+        view.note(f"{len(failed)} of {len(table.rows)} runs have no figures; the exit code is that of the first of them")
+        raise typer.Exit(failed[0].code if failed[0].code in _CODES else 1)
 
 
 def _list(cases: Sequence[Case], *, as_json: bool) -> None:

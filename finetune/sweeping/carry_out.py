@@ -22,6 +22,7 @@ from finetune.config.sweep import Case, Planned
 from finetune.config.tree import dotted
 from finetune.errors import ConfigError, Problem, RunInterruptedError
 from finetune.runs import RunDirectory
+from finetune.sweeping.measured import is_measured_alone
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _SHARED_FAULTS = (2, 3)
@@ -49,6 +50,8 @@ class Outcome:
     case: Case
     failure: str | None
     """Why it has no figures; None where it has."""
+    code: int = 0
+    """Exit code of the command that failed."""
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -96,7 +99,7 @@ def carry_out(
             tell(number, len(planned.cases), case, doing)
 
         try:
-            outcomes.append(Outcome(case, _one(planned, case, told, command)))
+            outcomes.append(_one(planned, case, told, command))
             check(outcomes[-1])
         except RunInterruptedError as error:
             raise RunInterruptedError(
@@ -108,8 +111,7 @@ def carry_out(
     return outcomes
 
 
-def _one(planned: Planned, case: Case, told: Callable[[Doing], None], command: Command) -> str | None:
-    """Why the run has no figures; None where it has."""
+def _one(planned: Planned, case: Case, told: Callable[[Doing], None], command: Command) -> Outcome:
     run = RunDirectory(case.run)
     if run.environment.is_file() and run.is_finished():
         told("done already")
@@ -120,12 +122,12 @@ def _one(planned: Planned, case: Case, told: Callable[[Doing], None], command: C
         if code in _SHARED_FAULTS and case == planned.cases[0][0]:
             raise ConfigError(f"run {case.run.name} could not begin: {_meaning(code)}, as told above", where=str(planned.path))
         if code:
-            return f"training: {_meaning(code)}"
+            return Outcome(case, f"training: {_meaning(code)}", code)
     if planned.sweep.evaluate and not _is_measured(run):
         told("measuring")
         if code := command(["eval", str(case.run)]):
-            return f"measuring: {_meaning(code)}"
-    return None
+            return Outcome(case, f"measuring: {_meaning(code)}", code)
+    return Outcome(case, None)
 
 
 def _meaning(code: int) -> str:
@@ -133,9 +135,14 @@ def _meaning(code: int) -> str:
 
 
 def _is_measured(run: RunDirectory) -> bool:
-    """Whether the figures are those of the result that lies there: a run that was made longer is measured again."""
+    """Whether the figures are those of the result that lies there, of it alone, and with what they were summed from.
+
+    A run that was made longer is measured again, and so is one that was last measured beside others.
+    """
     results, result = run.results, run.trained()
-    return results.is_file() and result is not None and results.stat().st_mtime >= (result / "MANIFEST.json").stat().st_mtime
+    if result is None or not results.is_file() or results.stat().st_mtime < (result / "MANIFEST.json").stat().st_mtime:
+        return False
+    return is_measured_alone(run)
 
 
 # --- what lies there already ---------------------------------------------------------------------------------------------------------

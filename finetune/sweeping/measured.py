@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.runs import RunDirectory
-from finetune.sealed import read_json
+from finetune.sealed import read_json, sha256_of
 
 _ALONE = "tuned"
 """Column of the one run among the targets."""
@@ -41,7 +41,7 @@ def _bases_of_older(targets: Mapping[str, Mapping[str, Any]], systems: list[str]
 
 
 def is_measured_alone(run: RunDirectory) -> bool:
-    """Whether the run's last results are of this run and its base, and of nothing else.
+    """Whether the run's last results are of this run and its base, of nothing else, and lie beside what they were summed from.
 
     Results with further targets may have been measured with their tasks, and hold figures of what all of them have alone.
     """
@@ -49,4 +49,7 @@ def is_measured_alone(run: RunDirectory) -> bool:
         return False
     found = read_json(run.results)
     columns = own_columns(run, found)
-    return columns is not None and set(found["systems"]) == set(columns)
+    if columns is None or set(found["systems"]) != set(columns):
+        return False
+    items = found.get("record", {}).get("items")
+    return items is None or (run.items.is_file() and sha256_of(run.items) == items)  # older files do not speak of them

@@ -50,6 +50,8 @@ class Row:
     """Tokens trained on."""
     seconds: float
     """Of its steps."""
+    code: int = 0
+    """Exit code of the command that failed."""
     best: bool = False
     """Whether it is the best of its arm by the figure that the sweep names."""
 
@@ -86,7 +88,7 @@ def _row(outcome: Outcome) -> Row:
     steps = [row for row in _metrics(run) if row["kind"] == "step"]
     figures = dict(_figures(run)) if outcome.failure is None else {}
     tokens, seconds = sum(step["tokens"] for step in steps), sum(step["seconds"] for step in steps)
-    return Row(case.run.name, case.arm, dict(case.settings), str(case.run), outcome.failure, figures, tokens, seconds)
+    return Row(case.run.name, case.arm, dict(case.settings), str(case.run), outcome.failure, figures, tokens, seconds, outcome.code)
 
 
 def _metrics(run: RunDirectory) -> list[dict[str, Any]]:

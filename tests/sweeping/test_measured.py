@@ -10,6 +10,7 @@ import pytest
 
 from finetune.config.sweep import Case
 from finetune.runs import RunDirectory
+from finetune.sealed import sha256_of
 from finetune.sweeping.carry_out import Outcome
 from finetune.sweeping.measured import is_measured_alone, own_columns
 from finetune.sweeping.table import _row
@@ -67,6 +68,19 @@ def test_a_run_is_found_among_what_was_measured(run: RunDirectory, case: str) ->
     found = _write(run, systems, bases)
     assert own_columns(run, found) == columns
     assert is_measured_alone(run) is alone
+
+
+def test_results_without_what_they_were_summed_from_are_half_written(run: RunDirectory) -> None:
+    found = _write(run, *CASES["alone"][:2])
+    run.items.parent.mkdir()
+    run.items.write_text("{}")
+    found["record"]["items"] = sha256_of(run.items)
+    run.results.write_text(json.dumps(found))
+    assert is_measured_alone(run)
+    run.items.write_text('{"of": "another evaluation"}')
+    assert not is_measured_alone(run)
+    run.items.unlink()
+    assert not is_measured_alone(run)
 
 
 def test_results_without_a_record_are_those_of_the_run(run: RunDirectory) -> None:

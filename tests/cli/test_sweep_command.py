@@ -1,0 +1,41 @@
+"""What `finetune sweep` ends with when runs have no figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune import api
+from finetune.config.sweep import VALIDATION_LOSS
+from finetune.sweeping.table import Row, Shown, Table
+
+
+def _row(name: str, failure: str | None, code: int) -> Row:
+    figures = {} if failure else {VALIDATION_LOSS: Shown(1.0, None, None, None, "lower")}
+    return Row(name, name, {}, f"sweep/{name}", failure, figures, 10, 1.0, code)
+
+
+@pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((0, 5), 5), ((4, 5), 4), ((-9, 5), 1)])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_exit_code_is_that_of_the_first_run_without_figures(
+    monkeypatch: pytest.MonkeyPatch,
+    write_config: Callable[..., Path],
+    tmp_path: Path,
+    call: Callable[..., Any],
+    codes: tuple[int, ...],
+    expected: int,
+    as_json: bool,
+) -> None:
+    write_config()
+    (tmp_path / "sweep.yaml").write_text(json.dumps({"config": "run.yaml", "output": "sweep", "arms": {"a": {}, "b": {"seed": 7}}}))
+    rows = tuple(_row(name, "training: it did not end well" if code else None, code) for name, code in zip("ab", codes, strict=True))
+    monkeypatch.setattr(api, "sweep", lambda _planned, _tell: (Table(VALIDATION_LOSS, (), rows), None))
+    done = call("sweep", str(tmp_path / "sweep.yaml"), *(["--json"] if as_json else []))
+    assert done.code == expected
+    failed = sum(code != 0 for code in codes)
+    assert (f"{failed} of 2 runs have no figures" in " ".join(done.err.split())) == (failed > 0)
+    assert (len(json.loads(done.out)["rows"]) == 2) if as_json else done.out.endswith("sweep\n")
