@@ -1,14 +1,15 @@
 """Memory that the plan predicts against what `finetune train` takes. `make bench-plan`; `--gpu` on an NVIDIA GPU.
 
 **CPU**: SmolLM2-135M in eight configurations, a half of all sixteen of {plain bf16, NF4} x {rank 8, 64} x {checkpointing on, off} x {1024,
-2048 tokens a micro-batch}, chosen so that every pair of settings occurs equally often. Each is a process of its own: the whole command
-`finetune train` over two steps of two micro-batches that are full. Measured is the peak of its resident memory as the kernel counts it
-(ru_maxrss), which includes pages of mapped files; it is compared with the total of the plan, made from the configuration and the model's
-sizes alone, with the library's constants.
+2048 tokens a micro-batch}, chosen so that every pair of settings occurs equally often. Each is run three times, in processes of their
+own: the whole command `finetune train` over two steps of two micro-batches that are full. Measured is the peak of the process's own
+memory: its anonymous and shared pages (RssAnon + RssShmem of /proc/PID/status), read every 10 ms, so that a shorter peak is missed. It
+is compared with the plan's parts that are in pages of no file (`Memory.own`), made from the configuration and the model's sizes alone,
+with the library's constants. Pages of files (libraries, and weights that are computed with as they lie in their file) are left out on
+both sides, because the kernel takes them back and reads them again as it likes; the peak with them (ru_maxrss) and the plan's total stand
+beside, and differ for that reason.
 
-**GPU** (`--gpu`): models of the sizes of Llama 3 8B and 70B with random weights, built on the GPU layer by layer, trained for two steps
-through the functions that a run uses. Measured are the peak that torch's allocator handed out, which is compared with the plan's parts
-without `process` and `reserve`, and the peak that it took from the device, compared with the total without `process`.
+**GPU** (`--gpu`): `benchmarks.plan_gpu`.
 
 Writes docs/benchmarks/plan.json and plan.md. `--only N` runs one configuration and keeps nothing; `--tiny` goes through the GPU's part
 with small shapes on any machine, and its figures mean nothing.
@@ -21,14 +22,18 @@ import json
 import os
 import platform
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plan_gpu import gpu_cases, run_gpu
+from benchmarks.plan_page import BAR, markdown, mebibytes
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.hardware import Machine
@@ -36,14 +41,13 @@ from finetune.planning.lookup import find_shape
 from finetune.planning.memory import Memory, estimate_memory, setting_of
 from finetune.planning.parameters import count_parameters
 from finetune.planning.resolve import resolve
-from finetune.planning.shapes import read_shape
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "benchmarks" / "plan.json"
 ROW_TOKENS = {1024: 256, 2048: 512}
 """Length of a row by the tokens of a micro-batch: attention of the shorter ones is kept on a CPU."""
-MICRO_BATCHES, STEPS = 2, 2
-BAR = 0.10
+MICRO_BATCHES, STEPS, REPEATS = 2, 2, 3
+_BETWEEN_S = 0.01
 _WORDS = 400
 
 
@@ -111,167 +115,72 @@ def predict(config: Config, threads: int, row_tokens: int) -> Memory:
     return estimate_memory(shape, count_parameters(shape, config), config, setting)
 
 
-def run(case: Case, threads: int, directory: Path) -> dict[str, Any]:
-    """Prediction and measurement of one case."""
-    rows = write_rows(directory / "rows.jsonl", 2 * STEPS * MICRO_BATCHES * case.tokens)
-    path = directory / "run.yaml"
-    path.write_text(json.dumps(case.config(rows, directory / "run")), encoding="utf-8")
-    predicted = predict(load_config(path).config, threads, ROW_TOKENS[case.tokens])
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "finetune", "train", str(path)], env=environment, stdout=log, stderr=log, cwd=ROOT
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"error: {case.name} failed\n{(directory / 'log').read_text(encoding='utf-8')[-2000:]}")
-    measured = usage.ru_maxrss * 1024
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most memory that a process had at a time, in bytes."""
+
+    own: int
+    """In pages of no file, as sampled."""
+    resident: int
+    """With pages of files, as the kernel counts it."""
+
+
+def own_memory(pid: int) -> int:
+    """Bytes of a process in pages of no file; 0 for one that has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:  # gone
+        return 0
+    sizes = dict(line.split(":", 1) for line in status.splitlines() if line.startswith(("RssAnon:", "RssShmem:")))
+    return sum(int(size.split()[0]) * 1024 for size in sizes.values())
+
+
+def watch(command: list[str], environment: dict[str, str], log: Path) -> tuple[int, Peak]:
+    """Run ``command`` to its end: its exit status, and its peak. All that it says goes to ``log``."""
+    own = 0
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, env=environment, stdout=sink, stderr=sink, cwd=ROOT)
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                process.returncode = os.waitstatus_to_exitcode(status)
+                return process.returncode, Peak(own, usage.ru_maxrss * 1024)
+            own = max(own, own_memory(process.pid))
+            time.sleep(_BETWEEN_S)
+
+
+def train(case: Case, threads: int) -> tuple[Memory, Peak]:
+    """What the plan foretells of one case, and what one process has of it."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        rows = write_rows(directory / "rows.jsonl", 2 * STEPS * MICRO_BATCHES * case.tokens)
+        path = directory / "run.yaml"
+        path.write_text(json.dumps(case.config(rows, directory / "run")), encoding="utf-8")
+        predicted = predict(load_config(path).config, threads, ROW_TOKENS[case.tokens])
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        status, peak = watch([sys.executable, "-m", "finetune", "train", str(path)], environment, directory / "log")
+        if status:
+            raise SystemExit(f"error: {case.name} failed\n{(directory / 'log').read_text(encoding='utf-8')[-2000:]}")
+    return predicted, peak
+
+
+def row_of(case: Case, threads: int, predicted: Memory, peaks: list[Peak]) -> dict[str, Any]:
+    """Prediction and measurements of one case; the error is that of the median."""
+    own = [peak.own for peak in peaks]
     return {
         "case": case.name,
         "threads": threads,
-        "predicted": predicted.total,
-        "measured": measured,
-        "error": predicted.total / measured - 1,
+        "predicted": predicted.own,
+        "measured": statistics.median(own),
+        "measured_each": own,
+        "error": predicted.own / statistics.median(own) - 1,
+        "predicted_total": predicted.total,
+        "resident": statistics.median(peak.resident for peak in peaks),
         "parts": predicted.parts,
     }
 
 
-# --- GPU -----------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class GpuCase:
-    """One model and one way to train it."""
-
-    name: str
-    sizes: tuple[int, int, int, int, int, int]
-    """As `benchmarks.engine.gpu.llama` takes them."""
-    base: str
-    rank: int
-    checkpointing: bool
-    tokens: int
-
-    def config(self) -> Config:
-        """The run, as far as a plan reads it."""
-        return Config.model_validate(
-            {
-                "model": {"id": "drawn/llama"},
-                "quantization": {"method": self.base},
-                "tuning": {"method": "lora", "rank": self.rank, "alpha": self.rank},
-                "optimizer": {"method": "adamw"},
-                "data": {"train": [{"source": "rows.jsonl"}], "max_tokens": self.tokens},
-                "train": {"tokens_per_device": self.tokens, "precision": "bf16", "gradient_checkpointing": self.checkpointing},
-                "output": "out",
-            }
-        )
-
-
-def gpu_cases(tiny: bool) -> list[GpuCase]:
-    """Three models; small ones with ``tiny``."""
-    from benchmarks.engine.gpu import LLAMA_8B, LLAMA_70B
-
-    small = (64, 128, 2, 4, 2, 512)
-    eight, seventy, tokens = (small, small, 64) if tiny else (LLAMA_8B, LLAMA_70B, 4096)
-    return [
-        GpuCase("8B, bf16, rank 16, checkpointing off", eight, "none", 16, False, tokens // 2),
-        GpuCase("8B, NF4, rank 64, checkpointing on", eight, "nf4", 64, True, tokens),
-        GpuCase("70B, NF4, rank 64, checkpointing on", seventy, "nf4", 64, True, tokens),
-    ]
-
-
-def run_gpu(case: GpuCase, device: str) -> dict[str, Any]:
-    """Prediction and measurement of one case; without an NVIDIA GPU nothing is measured."""
-    import torch
-
-    from benchmarks.engine.gpu import llama
-
-    shape_of = llama(*case.sizes)
-    config = case.config()
-    shape = read_shape(shape_of.to_dict(), case.name)
-    setting = setting_of(resolve(config, Machine("cuda", "a GPU", 1, 2**37, bf16=True)), "cuda", example_tokens=case.tokens)
-    predicted = estimate_memory(shape, count_parameters(shape, config), config, setting)
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    losses = _steps(case, config, device)
-    handed_out = predicted.total - predicted.parts["process"] - predicted.parts["reserve"]
-    found = {"case": case.name, "predicted": predicted.total, "parts": predicted.parts, "losses": losses}
-    if device == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        found |= {"measured": allocated, "error": handed_out / allocated - 1, "reserved": reserved}
-        found |= {"error_reserved": (predicted.total - predicted.parts["process"]) / reserved - 1}
-    return found
-
-
-def _steps(case: GpuCase, config: Config, device: str) -> list[float]:
-    """Losses of two steps, computed as a run computes them."""
-    import torch
-
-    from benchmarks.engine import gpu
-    from finetune.config.schema import Lora
-    from finetune.model.adapters import attach, trainable
-    from finetune.model.fast import accelerate
-    from finetune.model.head import target_losses
-    from finetune.model.quantize import disable_cpu_repacking
-
-    torch.manual_seed(0)
-    assert isinstance(config.tuning, Lora)
-    sizes = gpu.llama(*case.sizes)
-    model = gpu.quantized(sizes, device) if case.base == "nf4" else _plain(sizes, device)
-    disable_cpu_repacking(model)
-    model = attach(model, config.tuning)
-    if case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    accelerate(model, config.tuning)
-    model.train()
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-4, fused=True)
-    ids = torch.randint(10, sizes.vocab_size, (1, case.tokens))
-    losses = []
-    for _ in range(STEPS):
-        with torch.autocast(device, torch.bfloat16):
-            loss = target_losses(model, ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool)).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def _plain(sizes: Any, device: str) -> Any:
-    """A bf16 model, drawn on the device weight by weight."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    from benchmarks.engine.gpu import drawn
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(sizes, dtype=torch.bfloat16)
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(drawn(tuple(parameter.shape), device), requires_grad=False))
-    model.model.rotary_emb = LlamaRotaryEmbedding(sizes).to(device)
-    model.config.use_cache = False
-    return model.requires_grad_(False).eval()
-
-
-# --- the page ------------------------------------------------------------------------------------------------------------------------
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """The figures as a page."""
-    lines = ["# Memory: the plan against the process", "", "Written by `make bench-plan` ([what is compared](../../benchmarks/plan.py))."]
-    for title, rows in (("SmolLM2-135M on a CPU", found.get("cpu", [])), ("NVIDIA GPU", found.get("gpu", []))):
-        lines += ["", f"## {title}", ""]
-        if not rows:
-            lines.append("Not measured.")
-            continue
-        lines += ["| run | predicted MiB | measured MiB | error |", "|---|---|---|---|"]
-        lines += [
-            f"| {row['case']} | {row['predicted'] / 2**20:,.0f} | {row['measured'] / 2**20:,.0f} | {row['error']:+.1%} |" for row in rows
-        ]
-        lines += ["", f"Largest error {max(abs(row['error']) for row in rows):.1%}; the bar is {BAR:.0%}."]
-    return "\n".join(lines) + "\n"
+# --- the command line ---------------------------------------------------------------------------------------------------------------
 
 
 def _save(key: str, rows: list[dict[str, Any]], **about: Any) -> None:
@@ -301,15 +210,14 @@ def _on_cpu(threads: int, only: int | None) -> int:
     chosen = cases() if only is None else cases()[only : only + 1]
     rows = []
     for case in chosen:
-        with tempfile.TemporaryDirectory() as directory:
-            rows.append(run(case, threads, Path(directory)))
-        row = rows[-1]
-        print(
-            f"{row['case']}: predicted {row['predicted'] / 2**20:,.0f} MiB, measured {row['measured'] / 2**20:,.0f} ({row['error']:+.1%})"
-        )
-        print("  " + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in row["parts"].items() if size), flush=True)
-        if only is None:
-            _save("cpu", rows, threads=threads, python=platform.python_version(), libc="-".join(platform.libc_ver()))
+        runs = [train(case, threads) for _ in range(REPEATS)]
+        row = row_of(case, threads, runs[0][0], [peak for _, peak in runs])
+        rows.append(row)
+        each = ", ".join(mebibytes(size) for size in row["measured_each"])
+        print(f"{row['case']}: predicted {mebibytes(row['predicted'])} MiB, measured {each} ({row['error']:+.1%})")
+        print("  " + ", ".join(f"{name} {mebibytes(size)}" for name, size in row["parts"].items() if size), flush=True)
+    if only is None:
+        _save("cpu", rows, threads=threads, python=platform.python_version(), libc="-".join(platform.libc_ver()))
     return int(any(abs(row["error"]) > BAR for row in rows))
 
 

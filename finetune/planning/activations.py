@@ -180,12 +180,17 @@ def _attention(shape: ModelShape, how: Arithmetic, example_tokens: int) -> float
         keys = queries  # the libraries repeat keys and values for every head that reads them
     total = float((queries + 2 * keys) * how.product)
     if how.kind == "cpu" and how.packed:
-        if example_tokens <= _SHORT:
-            tiles = -(-example_tokens // _TILE)
-            total += shape.heads * _TILE**2 * tiles * (tiles + 1) / 2 / example_tokens * how.product
-        return total
+        return total + probabilities(shape, how, example_tokens)
     output = 0 if how.shares_inputs and not how.dropout else queries * how.product  # else o's input is the very tensor
     return total + output + shape.heads * _FP32
+
+
+def probabilities(shape: ModelShape, how: Arithmetic, example_tokens: int) -> float:
+    """Bytes a token of one block's attention, a tensor for each tile: kept by our own attention on a CPU where examples are short."""
+    if how.kind != "cpu" or not how.packed or example_tokens > _SHORT:
+        return 0.0
+    tiles = -(-example_tokens // _TILE)
+    return shape.heads * _TILE**2 * tiles * (tiles + 1) / 2 / example_tokens * how.product
 
 
 def _extras(shape: ModelShape, config: Config, how: Arithmetic) -> float:

@@ -1,7 +1,7 @@
 """Memory of a run on one device, by part, counted from what training stores; nothing is loaded.
 
 Every part is a product of sizes that the code of training fixes, named where it is computed. Two numbers of each kind of device are no
-such products: what a process holds before it has a model, and what an allocator wastes (docs/adr/0029).
+such products: what a process holds before it has a model, and what an allocator wastes; and on a CPU the libraries' pages (docs/adr/0029).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune.config.schema import Config, EightBit, FourBit, Full, Lora, NoQuantization, SpectrumTargets
-from finetune.planning.activations import CAPPED, Arithmetic, arithmetic, kept, outside, work
+from finetune.planning.activations import CAPPED, Arithmetic, arithmetic, kept, outside, probabilities, work
 from finetune.planning.parameters import Parameters
 from finetune.planning.resolve import Precision, Resolved
 from finetune.planning.shapes import ModelShape
@@ -30,14 +30,14 @@ _LARGEST_SHARE = 0.1
 
 _LEAST_TOKENS = 16
 """The smallest `train.tokens_per_device`."""
-PROCESS: Mapping[str, int] = {"cpu": 675 * 2**20, "cuda": 820 * 2**20}
-"""Bytes of a process without a model. CPU, measured: 649 MiB when data is prepared and the model begins to load (609 to 688 in seven runs),
-and 26 of products that oneDNN compiles. GPU: context and workspaces, assumed, not measured."""
-WASTED: Mapping[str, float] = {"cpu": 0.3, "cuda": 0.05}
-"""Share of what comes and goes that lies in holes of the allocator: 0.2 to 0.4 in glibc 2.36, whose heap gives holes of large tensors to
-small ones that stay. GPU: assumed, not measured."""
-_LOADING = 2.8
-"""Bytes a weight that quantizing on a CPU leaves in such holes: the mean of four loads, between 0 and 4."""
+PROCESS: Mapping[str, int] = {"cpu": 555 * 2**20, "cuda": 820 * 2**20}
+"""Bytes of a process without a model, pages of files apart. CPU: 446 MiB were measured before the first step; the rest, what oneDNN
+compiles and works in, is where the peaks of sixteen runs begin. GPU: context and workspaces, assumed, not measured."""
+_LIBRARIES = 170 * 2**20
+"""Pages of shared libraries that a process on a CPU has touched, measured: 169 to 174 MiB beside a model's file of 257."""
+WASTED: Mapping[str, float] = {"cpu": 0.33, "cuda": 0.05}
+"""Holes of the allocator as a share of what comes and goes: how the peaks of the same sixteen runs grow, with glibc 2.36, whose heap gives
+holes of large tensors to smaller ones that stay. GPU: assumed, not measured."""
 
 PARTS: Mapping[str, str] = {
     "base": "weights of the base's blocks, as they are stored",
@@ -102,11 +102,19 @@ class Memory:
     """By the names of `PARTS`, in their order."""
     spillable: int = 0
     """Of the total: states of a paged optimizer, which move to host memory where the device is full."""
+    pages: int = 0
+    """Of the total: pages of files, which the system may take back and read again. Libraries and a base that is computed with as it lies in
+    its file are among them: a run that has to read those again in every step crawls, and so they count as needed."""
 
     @property
     def total(self) -> int:
         """All parts."""
         return sum(self.parts.values())
+
+    @property
+    def own(self) -> int:
+        """What the process holds by itself, in pages of no file."""
+        return self.total - self.pages
 
     @property
     def firm(self) -> int:
@@ -127,15 +135,18 @@ def estimate_memory(shape: ModelShape, parameters: Parameters, config: Config, s
     if lanes > 1:  # each has its own, and adds the next micro-batch's to it as a third, when what that one kept is gone
         gradients = max(lanes * gradients, 3 * lanes * gradients - sum(passing.values()))
     found = weights | passing | {"gradients": gradients, "optimizer": state_bytes(parameters, config, setting.optimizer)}
-    # in a heap, the tensors of a chunk of logits do not fit into the holes of the chunk before
-    twice = passing["logits"] if setting.kind == "cpu" else 0.0
-    found["reserve"] = twice + WASTED[setting.kind] * (gradients + sum(passing.values()) + twice)
+    small = _small(shape, setting, how)
+    found["reserve"] = max(0.0, WASTED[setting.kind] * (gradients + sum(passing.values()) - small) - small)
     found |= {"mapped": 0, "process": PROCESS[setting.kind]}
+    pages = 0.0
     if setting.kind == "cpu":
-        found |= _on_host(shape, config, found, views=_storage(config, setting) == BYTES["bf16"])
+        views = _views(shape, parameters, config, setting)
+        found |= _on_host(shape, config, found, views=bool(views))
+        found["process"] += _LIBRARIES
+        pages = found["mapped"] + views + _LIBRARIES
     parts = {name: math.ceil(found[name]) for name in PARTS}
     paged = setting.kind == "cuda" and setting.optimizer.startswith("paged")
-    return Memory(parts, spillable=parts["optimizer"] if paged else 0)
+    return Memory(parts, spillable=parts["optimizer"] if paged else 0, pages=math.floor(pages))
 
 
 def floor_memory(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting) -> Memory:
@@ -193,22 +204,38 @@ def _bits(shape: ModelShape, config: Config, storage: int) -> float:
 # --- a CPU ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _on_host(shape: ModelShape, config: Config, found: Mapping[str, float], *, views: bool) -> dict[str, float]:
-    """Parts that are other ones where host memory is the device's: checkpoints are copied and read back in it, and bases quantized.
+def _views(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting) -> float:
+    """Bytes of the base that are pages of the model's file: what neither trains nor is converted, in the type in which models are published
+    (two bytes a scalar)."""
+    whole = isinstance(config.tuning, Full) and not isinstance(config.tuning.targets, SpectrumTargets)
+    if _storage(config, setting) != BYTES["bf16"] or whole or (setting.strategy == "fsdp" and setting.world > 1):
+        return 0.0
+    scalars = shape.norms_scalars + shape.biases_scalars
+    if parameters.base == shape.total:  # else there are new tokens, for which embeddings are copied
+        scalars += shape.embedding_scalars + shape.head_scalars
+    if isinstance(config.quantization, NoQuantization):
+        scalars += shape.blocks_scalars
+    return float(BYTES["bf16"] * (scalars - (parameters.trainable if isinstance(config.tuning, Full) else 0)))
 
-    ``views``: embeddings and norms of a quantized base are views of the model's file (two bytes a scalar, as models are published), which
-    therefore stays mapped as far as it was read.
+
+def _on_host(shape: ModelShape, config: Config, found: Mapping[str, float], *, views: bool) -> dict[str, float]:
+    """Parts that are other ones where host memory is the device's: checkpoints are copied and read back in it.
+
+    ``views``: embeddings and norms of a quantized base are views of the model's file, which therefore stays mapped as far as it was read.
     """
     weights = found["trained"] or found["gradients"]  # of what trains: in full tuning they are the base's own
     mapped = max(weights, found["optimizer"])  # what was written is mapped and compared, one file at a time
     passing = sum(found[name] for name in ("gradients", "activations", "work", "logits"))
     copied = weights + found["optimizer"] - passing  # once a step has given back what came and went
-    holes = 0.0
     if not isinstance(config.quantization, NoQuantization):
         mapped += BYTES["bf16"] * shape.blocks_scalars * views
-        taken = sum(found[name] for name in ("trained", "gradients", "optimizer", "activations", "work"))
-        holes = max(0.0, _LOADING * shape.blocks_scalars - taken)
-    return {"mapped": mapped, "reserve": found["reserve"] + holes + max(0.0, copied)}
+    return {"mapped": mapped, "reserve": found["reserve"] + max(0.0, copied)}
+
+
+def _small(shape: ModelShape, setting: Setting, how: Arithmetic) -> float:
+    """Of what comes and goes: tensors small enough for the holes that the others leave, which are a CPU's probabilities of attention."""
+    blocks = 1 if setting.checkpointing else shape.layers
+    return blocks * probabilities(shape, how, setting.example_tokens) * setting.tokens
 
 
 # --- a step --------------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from finetune.model.builtin import public_name
 from finetune.model.computed_start import StartReport
 from finetune.model.drawn import apply_eva, draw_orthogonal
 from finetune.model.fast import Accelerated, accelerate
+from finetune.model.heap import freed_at_once, return_freed_memory
 from finetune.model.load import DTYPES, load_base, storage_dtype
 from finetune.model.loftq import Quantizer, apply_loftq, restore_base
 from finetune.model.methods import Given
@@ -76,8 +78,10 @@ def build_model(config: Config, materials: Materials, device: torch.device, resu
     _require_types(config, resolved)
     dtype = storage_dtype(config.quantization, resolved)
     require_agreement(base, config.quantization, config.tuning)
-    plain = load_base(base, config.quantization, dtype, device)
-    enlarge(plain, materials.new_ids)
+    on_host = device.type == "cpu"
+    with freed_at_once() if on_host else nullcontext():
+        plain = load_base(base, config.quantization, dtype, device)
+        enlarge(plain, materials.new_ids)
     ratios = ratios_for(config.tuning, base)
     given = Given(seed=config.seed, dtype=DTYPES[config.train.trainable_dtype], ratios=ratios, new_ids=materials.new_ids)
     model = attach(plain, config.tuning, given)
@@ -87,6 +91,8 @@ def build_model(config: Config, materials: Materials, device: torch.device, resu
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # a model that will be spread over devices is on the host until then
     fast = accelerate(model, config.tuning, pack=resolved.strategy.value != "fsdp") if config.train.kernels == "auto" else None
+    if on_host:
+        return_freed_memory()
     if not isinstance(config.tuning, Lora):
         return Built(model, None, "default", fast)
     method = config.tuning.init.method

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import plan
+from benchmarks import plan, plan_gpu
+from finetune.planning.memory import Memory
 
 
 def test_every_pair_of_settings_is_measured_equally_often() -> None:
@@ -29,11 +30,43 @@ def test_micro_batches_are_full_and_there_are_rows_for_every_step(tmp_path: Path
     assert len(text.split()) >= 1000
 
 
-def test_the_page_shows_the_largest_error() -> None:
-    rows = [{"case": name, "predicted": 110, "measured": 100, "error": error} for name, error in (("a", 0.01), ("b", -0.08))]
-    page = plan.markdown({"cpu": rows})
-    assert "Largest error 8.0%" in page
+def peaks(*own: int) -> list[plan.Peak]:
+    return [plan.Peak(size * 2**20, 2 * size * 2**20) for size in own]
+
+
+def test_the_median_of_own_memory_is_compared_and_the_page_shows_the_rest() -> None:
+    foretold = Memory({"base": 70 * 2**20, "process": 130 * 2**20}, pages=90 * 2**20)
+    row = plan.row_of(plan.cases()[0], 2, foretold, peaks(100, 90, 200))
+    assert row["predicted"] == 110 * 2**20
+    assert row["error"] == pytest.approx(0.1)
+    better = plan.row_of(plan.cases()[1], 2, foretold, peaks(110, 110, 110))
+    page = plan.markdown({"cpu": [better, row]})
+    assert "checkpointing off, 1024 tokens | 110 | 100 | 90 to 200 | +10.0% | 200 | 200 |" in page
+    assert "3 processes for each run, 2 threads" in page
+    assert "Largest error 10.0%; the bar is 10%. The largest of a single process: 45.0%." in page
     assert "Not measured." in page
+    assert "Largest error 8.0%" in plan.markdown({"gpu": [{"case": "a", "predicted": 92, "measured": 100, "error": -0.08}]})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells of pages")
+def test_own_memory_is_what_a_process_wrote_and_not_what_it_mapped(tmp_path: Path) -> None:
+    """64 MiB written, and 128 of a file that are read."""
+    (tmp_path / "file").write_bytes(bytes(2**27))
+    code = f"""
+import mmap, time
+own = mmap.mmap(-1, 2**26, flags=mmap.MAP_PRIVATE)
+own.write(b"x" * 2**25)
+own.write(b"x" * 2**25)
+file = open({str(tmp_path / "file")!r}, "rb")
+pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+sum(pages[place] for place in range(0, 2**27, 4096))
+time.sleep(0.5)
+"""
+    status, peak = plan.watch([sys.executable, "-c", code], {}, tmp_path / "log")
+    assert status == 0
+    assert 2**26 <= peak.own < 2**26 + 2**26
+    assert peak.resident > 2**26 + 2**27
+    assert plan.watch([sys.executable, "-c", "raise SystemExit(3)"], {}, tmp_path / "log")[0] == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -44,8 +77,8 @@ def test_without_a_gpu_its_part_refuses(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_the_gpu_part_computes_on_small_shapes() -> None:
-    for case in plan.gpu_cases(tiny=True)[:2]:
-        found = plan.run_gpu(case, "cpu")
+    for case in plan_gpu.gpu_cases(tiny=True)[:2]:
+        found = plan_gpu.run_gpu(case, "cpu")
         assert found["losses"][0] == pytest.approx(math.log(512), abs=0.5)  # random weights know nothing
         assert found["losses"][1] < found["losses"][0]
         assert found["predicted"] == sum(found["parts"].values())

@@ -18,10 +18,12 @@ from finetune.model.adapters import attach, trainable
 from finetune.model.fast import accelerate
 from finetune.model.head import target_losses
 from finetune.model.load import load_base
+from finetune.model.methods import Given
+from finetune.model.tokens import enlarge
 from finetune.planning.activations import arithmetic, kept
 from finetune.planning.groups import assign_groups
 from finetune.planning.lookup import find_shape
-from finetune.planning.memory import PARTS, Memory, Setting, estimate_memory, floor_memory, setting_of
+from finetune.planning.memory import PARTS, PROCESS, Memory, Setting, estimate_memory, floor_memory, setting_of
 from finetune.planning.parameters import count_parameters
 from finetune.planning.resolve import resolve
 from finetune.planning.states import state_bytes
@@ -156,6 +158,76 @@ def test_states_of_8_bits_are_a_quarter() -> None:
     exact, small = (memory_of(config, setting(optimizer=method)) for method in ("adamw", "paged-adamw-8bit"))
     assert small.parts["optimizer"] == pytest.approx(exact.parts["optimizer"] / 4, rel=0.02)
     assert (exact.spillable, small.spillable) == (0, small.parts["optimizer"])
+
+
+# --- pages of files ------------------------------------------------------------------------------------------------------------------
+
+
+def in_the_file(model: Any, directory: Path) -> int:
+    """Bytes of the tensors of ``model`` that lie in the mapped files of ``directory``, each place once."""
+    spans = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split()
+        if name.startswith(f"{directory}/"):
+            spans.append(tuple(int(end, 16) for end in span.split("-")))
+    places = {parameter.data_ptr(): parameter.numel() * parameter.element_size() for parameter in model.parameters()}
+    return sum(size for place, size in places.items() if any(start <= place < end for start, end in spans))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone tells what is mapped")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"quantization": {"method": "nf4"}},
+        {"train": {"precision": "fp32"}},
+        {"full": True},
+        {"new_tokens": True},
+        {"new_tokens": True, "quantization": {"method": "nf4"}},
+    ],
+    ids=["bf16", "nf4", "fp32", "full", "new-tokens", "new-tokens-nf4"],
+)
+def test_a_base_that_is_not_converted_is_pages_of_its_file(changes: dict[str, Any], make_tiny_model: Callable[..., Path]) -> None:
+    directory = make_tiny_model(tied=False)
+    changes = {"train": {"precision": "bf16"}} | changes
+    ids = (320, 321) if changes.pop("new_tokens", False) else ()
+    tuning: dict[str, Any] = {"embeddings": "new-tokens"} if ids else {}
+    full = changes.pop("full", False)
+    config = config_of(directory, tuning=tuning, **changes)
+    whole = config.model_dump() | {"model": {"id": str(directory), "new_tokens": ["<a>", "<b>"][: len(ids)]}}
+    config = Config.model_validate(whole | ({"tuning": {"method": "full"}} if full else {}))
+    precision = config.train.precision
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    model = load_base(directory, config.quantization, dtype, torch.device("cpu"))
+    enlarge(model, ids)
+    model = attach(model, config.tuning, Given(new_ids=ids))
+    memory = memory_of(config, setting(kind="cpu", precision=precision, compute_dtype=precision))
+    libraries = memory_of(config, setting(kind="cpu")).parts["process"] - PROCESS["cpu"]
+    assert memory.pages - memory.parts["mapped"] - libraries == pytest.approx(in_the_file(model, directory), abs=2)
+
+
+def test_own_memory_is_without_pages_of_files_and_refusals_keep_the_base() -> None:
+    plain, small = (
+        memory_of(config_of("builtin:smollm2-135m", quantization={"method": method}), setting(kind="cpu", tokens=1024))
+        for method in ("none", "nf4")
+    )
+    assert plain.total - plain.own == plain.pages
+    assert plain.pages >= plain.parts["base"] + plain.parts["embeddings"] + plain.parts["mapped"]
+    assert plain.firm == plain.total - plain.parts["mapped"]
+    assert plain.own < small.own < small.firm < plain.firm
+    on_gpu = memory_of(config_of("builtin:smollm2-135m"), setting())
+    assert on_gpu.own == on_gpu.total
+
+
+def test_small_tensors_lie_in_the_holes_of_large_ones() -> None:
+    """Attention of short examples is kept in tensors of a tile; that of longer ones is computed again."""
+    config = config_of("builtin:smollm2-135m")
+    kept, again = (
+        memory_of(config, setting(kind="cpu", tokens=1024, checkpointing=False, example_tokens=length)).parts for length in (256, 257)
+    )
+    probabilities = 30 * 1024 / 256 * 9 * (64 * 64 + 64 * 128 + 64 * 192 + 64 * 256) * 2  # blocks, examples, heads, tiles, bytes
+    assert kept["activations"] - again["activations"] == pytest.approx(probabilities)
+    assert again["reserve"] - kept["reserve"] == pytest.approx(probabilities)
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------------------------
