@@ -59,7 +59,8 @@ def most_learned(runs: Sequence[Run]) -> Number:
     sampled = [number.sampled for number in found if number.sampled is not None]
     if len(sampled) < len(found):
         return top
-    chosen = Sampled(top.value, np.max([one.draws for one in sampled], axis=0), sampled[0].clusters)
+    unseen = (max(one.below for one in sampled), max(one.above for one in sampled))
+    chosen = Sampled(top.value, np.max([one.draws for one in sampled], axis=0), sampled[0].clusters, *unseen)
     return top if chosen.interval is None else Number(top.value, *chosen.interval, chosen)
 
 

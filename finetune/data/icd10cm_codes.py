@@ -5,6 +5,7 @@ Facts come from the official classification carried by simple-icd-10-cm, whose i
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -109,11 +110,12 @@ def is_condition(code: str) -> bool:
 
 def nearest(code: str, said: Callable[[str], str]) -> list[str]:
     """Three things ``said`` of conditions as near to ``code`` as the classification has them, but not of itself: same parent, else
-    category, block, chapter. DataError where there are not three."""
+    category, block, chapter, and then the candidates of every chapter. DataError where there are not three."""
     icd = classification()
     found: list[str] = []
-    for ancestor in icd.get_ancestors(code):
-        values = {said(other) for other in icd.get_descendants(ancestor) if is_condition(other)} - {"", said(code), *found}
+    near = ([other for other in icd.get_descendants(ancestor) if is_condition(other)] for ancestor in icd.get_ancestors(code))
+    for others in itertools.chain(near, [[*candidates()]]):
+        values = {said(other) for other in others} - {"", said(code), *found}
         found += sorted(values, key=lambda value: order(code, value))[: 3 - len(found)]
         if len(found) == 3:
             return found

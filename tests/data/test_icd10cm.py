@@ -272,6 +272,13 @@ def test_replay_is_the_share_of_characters_that_it_says() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_facts_that_a_file_names_by_default_can_be_asked_in_every_way(kind: Kind) -> None:
+    asked = questions(Icd10cm(source="builtin:icd10cm"), 1, kind)
+    assert len(asked) >= 100
+    assert all(len({*question.choices}) == 4 for question in asked)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_question_has_near_and_rival_answers(kind: Kind) -> None:
     settings = _settings(document_facts=12, question_facts=12, control_facts=12)
     asked = questions(settings, 1, kind)
