@@ -156,6 +156,23 @@ def test_runs_of_two_bases_are_each_compared_with_their_own_and_with_one_another
     assert read_results(RunDirectory(run), "bases.json") == results
 
 
+def test_adapter_and_merged_model_are_measured_alike_and_their_base_apart(run: Path, adapter: Path, tmp_path: Path) -> None:
+    report = api.merge(run, tmp_path / "merged", dtype="fp32")
+    assert report.dtype == "fp32"
+    tasks = "evaluation.tasks=[{task: loss}, {task: forgetting}]"
+    results = api.evaluate(run, [adapter, tmp_path / "merged"], overrides=[tasks], name="all")
+    assert results.systems == ("base", "first", "moved", "merged")
+    for figure in results.figures:
+        assert figure.values["moved"] == pytest.approx(figure.values["first"], rel=1e-6)
+        assert figure.values["merged"] == pytest.approx(figure.values["first"], rel=1e-4)
+    general = next(figure for figure in results.figures if figure.name == "general text: loss")
+    assert general.intervals.keys() == set(results.systems)
+    change = general.changes["first"]
+    assert change.low is not None
+    assert change.high is not None
+    assert not change.low <= 0 <= change.high
+
+
 def test_full_tuning_that_changed_nothing_is_measured_as_no_change_in_bf16(tiny_model_dir: Path, chat_file: Path, tmp_path: Path) -> None:
     config = {
         "model": {"id": str(tiny_model_dir)},
