@@ -32,8 +32,8 @@ def launch(arguments: Sequence[str], devices: int | None) -> int | None:
     """Run ``finetune ARGUMENTS`` once a device and wait; returns the exit code of the worker that failed first, or 0.
 
     Returns None where this process should do the work itself: it was launched already (torchrun, accelerate launch, srun), or one device
-    is wanted. ``devices`` None means all GPUs. Raises HardwareError where more GPUs are asked for than there are, or a worker was killed,
-    ConfigError where another launcher has started another number of processes.
+    is wanted. ``devices`` None means all GPUs. Raises HardwareError where more GPUs are asked for than there are (more cores, where
+    there is no GPU), or a worker was killed, ConfigError where another launcher has started another number of processes.
     """
     if "LOCAL_RANK" in os.environ:
         _require_agreement(devices)
@@ -42,6 +42,11 @@ def launch(arguments: Sequence[str], devices: int | None) -> int | None:
     if devices is not None and found and devices > found:
         raise HardwareError(
             f"{devices} devices are asked for, this machine has {found} GPUs", where="--devices", fix=f"use --devices {found}"
+        )
+    cores = os.cpu_count() or 1
+    if devices is not None and not found and devices > cores:  # each is a process of its own, with a model of its own
+        raise HardwareError(
+            f"{devices} devices are asked for, this machine has no GPU and {cores} cores", where="--devices", fix=f"use --devices {cores}"
         )
     count = devices or max(found, 1)
     return None if count == 1 else _run(arguments, count)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune import api
 from finetune.cli import workers
@@ -160,6 +161,18 @@ def test_a_worker_that_is_being_ended_leaves_the_reason_to_its_own_launcher(monk
     if started_here:
         monkeypatch.setenv(STARTED_HERE, "2")
     assert workers.is_mine_to_tell(error) != started_here
+
+
+@pytest.mark.parametrize(("gpus", "most", "found"), [(0, os.cpu_count() or 1, "no GPU"), (1, 1, "1 GPUs")])
+def test_more_processes_than_the_machine_has_devices_are_not_started(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, most: int, found: str
+) -> None:
+    """A hundred processes, each with a model, take a machine's memory before the first of them can say anything."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(HardwareError, match=f"{found}.*") as caught:
+        launch(["train", "run.yaml"], most + 97)
+    assert caught.value.problems[0].fix == f"use --devices {most}"
 
 
 def test_accelerates_own_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
