@@ -119,14 +119,28 @@ def run_lanes(lanes: Sequence[list[list[int]]], loss_of: Losses, parameters: Par
 
 
 def _accumulated(lane: list[list[int]], loss_of: Losses, parameters: Parameters) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Loss and gradients of one lane.
+
+    They are added to tensors that were there before the first pass. Those that autograd gives lie between what the pass had kept: were they
+    to stay, nothing large would find room there in the next pass.
+    """
     total = torch.zeros(())
-    gradients: list[torch.Tensor | None] = [None] * len(parameters)
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    reached: set[int] = set()
     for piece in lane:
         loss = loss_of(piece)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        gradients = [_sum(pair) for pair in zip(gradients, found, strict=True)]
         total += loss.detach()
-    return total, gradients
+        reached |= _add(gradients, torch.autograd.grad(loss, parameters, allow_unused=True))
+        del loss  # what it kept, before the next pass
+    return total, [gradient if place in reached else None for place, gradient in enumerate(gradients)]
+
+
+def _add(gradients: Sequence[torch.Tensor], found: Sequence[torch.Tensor | None]) -> set[int]:
+    """Add what was ``found`` to ``gradients`` in place; returns the places at which anything was."""
+    there = {place: gradient for place, gradient in enumerate(found) if gradient is not None}
+    for place, gradient in there.items():
+        gradients[place].add_(gradient)
+    return set(there)
 
 
 def _sum(found: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

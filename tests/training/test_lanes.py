@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,28 @@ def test_one_tensor_given_to_two_parameters_becomes_two_gradients() -> None:
     run_lanes([[[1]], [[2]]], lambda piece: (parameters[0] + parameters[1]).sum() * piece[0], parameters)
     parameters[0].grad.mul_(2)  # type: ignore[union-attr]  # as clipping does
     assert [None if each.grad is None else each.grad.tolist() for each in parameters] == [[6.0] * 3, [3.0] * 3, None]
+
+
+def test_what_autograd_gave_is_gone_before_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that stay among what a pass kept break up its room."""
+    gave: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    real = torch.autograd.grad
+
+    def grad(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        gave.extend(weakref.ref(gradient) for gradient in found)
+        return found
+
+    def loss_of(piece: list[int]) -> torch.Tensor:
+        alive.append(sum(gradient() is not None for gradient in gave))
+        return sum((parameter.square().sum() * piece[0] for parameter in parameters), torch.zeros(()))
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    parameters = [torch.nn.Parameter(torch.full((3,), value)) for value in (1.0, 2.0)]
+    run_lanes([[[1], [2], [3]]], loss_of, parameters)
+    assert (len(gave), alive) == (6, [0, 0, 0])
+    assert [parameter.grad.tolist() for parameter in parameters if parameter.grad is not None] == [[12.0] * 3, [24.0] * 3]
 
 
 @pytest.mark.usefixtures("two_threads")
