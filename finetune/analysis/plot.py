@@ -157,25 +157,32 @@ def _on_plane(x: float, y: float, spans: tuple[_Span, _Span]) -> tuple[float, fl
 
 
 def _plane_axes(plane: Plane, spans: tuple[_Span, _Span]) -> str:
-    """The frame, lines at zero, and five numbers along each side."""
+    """The frame, lines at zero, and round numbers along each side."""
     wide, high = _PLANE
     zero_x, zero_y = _on_plane(0.0, 0.0, spans)
     parts = [
         f'<rect width="{wide}" height="{high}" fill="none" stroke="#d0d7de"/>'
         f'<path d="M{zero_x:.1f},0 V{high} M0,{zero_y:.1f} H{wide}" stroke="#d0d7de" stroke-dasharray="4 3"/>'
     ]
-    for part in range(5):
-        x, y = (low + (top - low) * part / 4 for low, top in spans)
-        across, up = _on_plane(x, y, spans)
-        parts.append(
-            f'<text x="{across:.1f}" y="{high + 16}" text-anchor="middle" fill="#57606a">{x:.2f}</text>'
-            f'<text x="-6" y="{up + 4:.1f}" text-anchor="end" fill="#57606a">{y:.2f}</text>'
-        )
+    for x in _round_numbers(spans[0]):
+        across, _ = _on_plane(x, 0.0, spans)
+        parts.append(f'<text x="{across:.1f}" y="{high + 16}" text-anchor="middle" fill="#57606a">{x:.6g}</text>')
+    for y in _round_numbers(spans[1]):
+        _, up = _on_plane(0.0, y, spans)
+        parts.append(f'<text x="-6" y="{up + 4:.1f}" text-anchor="end" fill="#57606a">{y:.6g}</text>')
     parts.append(
         f'<text x="{wide / 2}" y="{high + 38}" text-anchor="middle">{_text(plane.across)}</text>'
         f'<text transform="translate(-44,{high / 2}) rotate(-90)" text-anchor="middle">{_text(plane.up)}</text>'
     )
     return "".join(parts)
+
+
+def _round_numbers(span: _Span) -> list[float]:
+    """The multiples of 1, 2 or 5 times a power of ten in ``span``: at most nine."""
+    low, high = span
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= 8)
+    return [round(place * step, 12) for place in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _series(number: int, marks: Sequence[Mark], spans: tuple[_Span, _Span]) -> str:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from finetune.analysis.plot import GridPanel, Line, LinePanel, Mark, Plane, plane_svg, svg, write_plot
+from finetune.analysis.plot import GridPanel, Line, LinePanel, Mark, Plane, _round_numbers, plane_svg, svg, write_plot
 from finetune.errors import ConfigError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -99,3 +99,16 @@ def test_a_plane_has_its_marks_within_their_bars_and_text_stays_text() -> None:
     assert len(elements(image, "rect")) == 2 + 3 * 3  # ground, frame, and three series that are squares
     with pytest.raises(ValueError, match="without marks"):
         plane_svg("t", [], Plane("a", "b", (("empty", ()),)))
+
+
+@pytest.mark.parametrize(
+    ("span", "numbers"),
+    [
+        ((-0.76, 1.49), [-0.5, 0.0, 0.5, 1.0]),
+        ((-0.06, 0.75), [0.0, 0.2, 0.4, 0.6]),
+        ((0.0, 1000.0), [0.0, 200.0, 400.0, 600.0, 800.0, 1000.0]),
+        ((-3e-5, 5e-5), [-3e-5, -2e-5, -1e-5, 0.0, 1e-5, 2e-5, 3e-5, 4e-5, 5e-5]),
+    ],
+)
+def test_axes_have_round_numbers(span: tuple[float, float], numbers: list[float]) -> None:
+    assert _round_numbers(span) == pytest.approx(numbers)
