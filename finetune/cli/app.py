@@ -30,11 +30,12 @@ from finetune.cli import (
     sweep_command,
 )
 from finetune.cli.options import ConfigPath, Json, Overrides
+from finetune.cli.streams import outlive_readers
 from finetune.cli.workers import is_first, is_mine_to_tell
 from finetune.errors import FinetuneError
 
-_ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""SIGUSR1 is SLURM's word ahead of a pre-emption, where a job asks for it."""
+_ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""SIGHUP: the terminal was closed. SIGUSR1 is SLURM's word ahead of a pre-emption, where a job asks for it."""
 
 app = typer.Typer(
     name="finetune",
@@ -84,7 +85,7 @@ def train(
     """Train as CONFIG says; prints the run directory last.
 
     Configuration, data and targets are checked before anything is written.
-    Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves a checkpoint and says how to resume; a second one stops at once.
+    Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 finishes the step, saves a checkpoint and says how to resume; a second one stops at once.
     A run is made longer with `--resume -o train.epochs=3`.
     """
     from finetune.cli import view
@@ -142,8 +143,10 @@ def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> NoReturn:
     """Run the command line; errors become messages and exit codes."""
+    outlive_readers()
     for number in _ASKED:
-        signal.signal(number, _interrupted)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes SIGHUP
+            signal.signal(number, _interrupted)
     if "--debug" in sys.argv:  # wherever it stands
         sys.argv.remove("--debug")
         os.environ["FINETUNE_DEBUG"] = "1"

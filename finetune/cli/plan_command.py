@@ -77,9 +77,10 @@ def short(plan: Plan) -> Iterator[str]:
     parameters, here = plan.parameters, plan.here
     added = "" if parameters.in_base else f" beside {_name(plan)}"
     yield f"Plan: {parameters.trainable:,} parameters train{added} ({_base(plan)}), on {_devices(here)}."
-    largest = sorted(here.memory.parts.items(), key=lambda item: -item[1])[:3]
+    firm = ((name, count) for name, count in here.memory.parts.items() if name != "mapped")
+    largest = sorted(firm, key=lambda item: -item[1])[:3]
     told = ", ".join(f"{name} {_size(count)}" for name, count in largest)
-    yield f"memory: about {_size(here.needs)} of {_size(here.machine.memory_bytes)} ({told}), micro-batches of {_micro_batch(here)}"
+    yield f"memory: about {_size(here.claims)} of {_size(here.machine.memory_bytes)} ({told}), micro-batches of {_micro_batch(here)}"
     if not here.fits:
         yield f"this may not fit: {_advice(plan.change, here)}"
     if plan.length is not None:
@@ -137,9 +138,13 @@ def _memory(plan: Plan) -> Table:
 
 def _verdict(plan: Plan, width: int) -> str:
     here, choices = plan.here, plan.here.resolved
-    have = f"{_size(here.needs)} of {_size(here.machine.memory_bytes)}"
+    have = f"{_size(here.claims)} of {_size(here.machine.memory_bytes)}"
     lines = [f"fits: {have}"] if here.fits else _advised(f"does not fit: {have}.", plan.change, here)
-    if here.memory.spillable and here.fits and here.needs > here.machine.memory_bytes:
+    if here.needs > here.claims:
+        lines.append(
+            f"{_size(here.needs - here.claims)} beside it are pages of the checkpoint's file (mapped), which the system takes back"
+        )
+    if here.memory.spillable and here.fits and here.claims > here.machine.memory_bytes:
         lines.append(f"{_size(here.memory.spillable)} of it, states of the optimizer, may spill to host memory")
     checkpointing = "on" if choices.gradient_checkpointing.value else "off"
     lines += [

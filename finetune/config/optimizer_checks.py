@@ -98,6 +98,6 @@ def learning_rates(config: Config) -> Iterator[Finding]:
             peaks.append((base * group.lr_ratio, ((*path, "lr_ratio"), ("optimizer", "learning_rate"))))
     for rate, paths in peaks:
         if rate > LARGEST_LEARNING_RATE:
-            what = f"a learning rate of {rate:g} destroys the model: AdamW moves every weight by about that much in each step"
+            what = f"a learning rate of {rate:g} destroys the model: the optimizer moves every weight by about that much in each step"
             fix = f"LoRA's best lies between 1e-5 and 1e-3, that of full tuning at a tenth; the limit is {LARGEST_LEARNING_RATE:g}"
             yield Finding(what, fix, *paths)

@@ -17,6 +17,8 @@ from finetune.evaluation.targets import Target, find_targets
 from finetune.runs import RunDirectory, open_run
 
 _SECTION = "evaluation."
+_COMPARISON = "comparison.json"
+"""A run beside other targets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ def _destination(targets: Sequence[Target], settings: Path | None, name: str | N
         return folder / f"{name}.json"
     if settings is not None:
         return folder / f"{settings.stem}.json"
+    if run and len(targets) > 1:  # what the run's own settings found stays: its report, `doctor` and `sweep` read it
+        return folder / _COMPARISON
     return folder / (RESULTS if run else f"{targets[0].name}.json")
 
 

@@ -78,6 +78,11 @@ class Placement:
         return self.memory.total * self.copies
 
     @property
+    def claims(self) -> int:
+        """Of these, what the system does not take back where memory is short: all but pages of the checkpoint's file."""
+        return (self.memory.total - self.memory.parts.get("mapped", 0)) * self.copies
+
+    @property
     def fits(self) -> bool:
         """Whether the device has them."""
         return fits(self.memory, self.room)
@@ -156,6 +161,8 @@ def place(subject: Subject, machine: Machine) -> Placement:
     tokens = min(max(limit, subject.longest), config.train.batch_size * subject.longest)
     setting = replace(setting, tokens=tokens, example_tokens=min(setting.example_tokens, tokens))
     memory = estimate_memory(shape, subject.parameters, config, setting)
+    if is_open and not fits(memory, machine.memory_bytes // copies):
+        resolved = replace(resolved, tokens_per_device=Choice(limit, "one example of data.max_tokens must fit"))
     return Placement(machine, resolved, setting, memory, floor_memory(shape, subject.parameters, config, setting), copies)
 
 

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SLURM's SIGUSR1 as a request to stop: at once where nothing is lost, after the current step where something is."""
+"""Signals (SIGINT, SIGTERM, SIGHUP, SLURM's SIGUSR1) as a request to stop: at once where nothing is lost, else after the current step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ _SAME_REQUEST_S = 1.0
 """A worker gets one Ctrl-C or scancel twice, from the terminal or scheduler and from its launcher: within this time they are one."""
 _SHOW_CURSOR = "\x1b[?25h"
 
-ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What asks a run to stop. SIGUSR1 is what `sbatch --signal=USR1@120` sends ahead of a pre-emption or the end of the time limit."""
+ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""What asks a run to stop. SIGHUP comes when its terminal is closed or the connection to it is lost; SIGUSR1 is what
+`sbatch --signal=USR1@120` sends ahead of a pre-emption or the end of the time limit."""
 
 
 class Interruption(BaseException):
@@ -34,7 +35,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        """SIGINT or SIGTERM; SIGUSR1 counts as SIGTERM."""
+        """SIGINT or SIGTERM; SIGHUP and SIGUSR1 count as SIGTERM."""
         self._asked_at = 0.0
         self._patient = False
 
@@ -82,7 +83,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.note) for number in ASKED}
+    heard = [number for number in ASKED if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP, and is meant to
+    before = {number: signal.signal(number, request.note) for number in heard}
     try:
         yield request
     finally:

@@ -86,7 +86,7 @@ def train(
 
     ``accept`` names what may have changed since it was started; ``origins``, by dotted path, are recorded. Raises the errors of
     `finetune.errors`; whatever is wrong with configuration, data or targets is known before anything is written. RunInterruptedError
-    after SIGINT, SIGTERM or SIGUSR1, in any phase.
+    after SIGINT, SIGTERM, SIGHUP or SIGUSR1, in any phase.
     """
     run = RunDirectory(Path(config.output))
     if accept and not resume:

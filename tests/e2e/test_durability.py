@@ -209,6 +209,34 @@ def test_b2_a_signal_while_libraries_load_and_a_second_one_while_it_trains(tmp_p
         verify(step)
 
 
+def test_a_closed_terminal_saves_a_checkpoint_as_sigterm_does(tmp_path: Path, tiny_model_dir: Path, chat_file: Path) -> None:
+    config = settings(tmp_path / "run", tiny_model_dir, chat_file, train={**TRAIN, "epochs": 4000, "checkpoint": {"every_steps": 20000}})
+    process = start(config)
+    figures = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: figures.exists() and figures.stat().st_size > 0, process)
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert "--resume" in err
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    verify(newest)
+    steps = [row["step"] for row in map(json.loads, figures.read_text().splitlines()) if row["kind"] == "step"]
+    assert newest.name == f"step-{steps[-1]:08d}"
+
+
+@pytest.mark.parametrize("where", ["stderr", "stdout"])
+def test_a_run_whose_messages_nobody_reads_goes_on(tmp_path: Path, tiny_model_dir: Path, chat_file: Path, where: str) -> None:
+    """As under `| head` or a `tee` that Ctrl-C has ended."""
+    process = start(settings(tmp_path / "run", tiny_model_dir, chat_file))
+    read, other = (process.stderr, process.stdout) if where == "stderr" else (process.stdout, process.stderr)
+    assert read is not None
+    assert other is not None
+    read.close()
+    rest = other.read()
+    assert process.wait(timeout=120) == 0, rest
+    verify(tmp_path / "run" / "adapter")
+
+
 def start(config: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "finetune", "train", str(config)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
