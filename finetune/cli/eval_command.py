@@ -25,7 +25,8 @@ _Name = Annotated[
     typer.Option(
         "--name",
         metavar="NAME",
-        help="Of the file eval/NAME.json, in the first run or the working directory. Default: results; comparison, of a run beside others; or the name of EVAL.yaml.",
+        help="Of the file eval/NAME.json, in the first run or the working directory. Default: results; comparison, of a run beside others; "
+        "or the name of EVAL.yaml.",
     ),
 ]
 

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 def outlive_readers() -> None:
     """Let stdout and stderr drop what can no longer be read (`finetune train ... | head`, a `tee` that Ctrl-C ended first)."""
-    sys.stdout, sys.stderr = Unread(sys.stdout), Unread(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Unread(sys.stdout), Unread(sys.stderr)
 
 
 class Unread:
