@@ -45,7 +45,8 @@ def _show(done: CombineReport) -> None:
 
     for note in done.notes:
         view.note(f"note: {note}")
-    view.path(f"{done.formula}, on the {done.plan.base.weights} weights of {done.members.base_id}")
+    weights = "dequantized" if done.on_quantized else "stored"
+    view.path(f"{done.formula}, on the {weights} weights of {done.members.base_id}")
     for trial in done.trials:
         view.note(f"  {'wrote' if trial.accepted else 'tried'} {trial.dtype}: {trial.reason}")
     if done.adapter:

@@ -49,6 +49,11 @@ class CombineReport:
         return self.trials[-1].dtype
 
     @property
+    def on_quantized(self) -> bool:
+        """Whether the updates lie on a quantized base, or what it dequantizes to, and not on the stored weights."""
+        return self.plan.base.weights == "dequantized" and not isinstance(self.members.first.quantization, NoQuantization)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know."""
         return self.members.notes
@@ -99,9 +104,8 @@ The plan, fingerprints and figures are in `{COMBINED}`.
 
 def _form(report: CombineReport) -> str:
     if report.adapter:
-        source = report.members.first
-        quantized = report.plan.base.weights == "dequantized" and not isinstance(source.quantization, NoQuantization)
-        base = f"the base quantized as `{source.quantization.method}`" if quantized else "the unquantized base"
+        method = report.members.first.quantization.method
+        base = f"the base quantized as `{method}`" if report.on_quantized else "the unquantized base"
         return (
             f"A plain LoRA of rank {report.adapter.rank} (alpha = r) for {base}; cutting it off left a relative error of "
             f"{report.adapter.error:.3g}.\n"
