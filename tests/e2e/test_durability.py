@@ -211,7 +211,7 @@ def test_b2_a_signal_while_libraries_load_and_a_second_one_while_it_trains(tmp_p
 
 def test_a_closed_terminal_saves_a_checkpoint_as_sigterm_does(tmp_path: Path, tiny_model_dir: Path, chat_file: Path) -> None:
     config = settings(tmp_path / "run", tiny_model_dir, chat_file, train={**TRAIN, "epochs": 4000, "checkpoint": {"every_steps": 20000}})
-    process = start(config)
+    process = start(config, "-c", HEARS_HANGUP)
     figures = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: figures.exists() and figures.stat().st_size > 0, process)
     process.send_signal(signal.SIGHUP)
@@ -237,8 +237,17 @@ def test_a_run_whose_messages_nobody_reads_goes_on(tmp_path: Path, tiny_model_di
     verify(tmp_path / "run" / "adapter")
 
 
-def start(config: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "finetune", "train", str(config)]
+HEARS_HANGUP = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""Under nohup SIGHUP is ignored, and by all children too."""
+
+
+def start(config: Path, *before: str) -> subprocess.Popen[str]:
+    """``before``: options of Python that come first."""
+    command = [sys.executable, *before, "-m", "finetune", "train", str(config)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
