@@ -145,7 +145,7 @@ def main() -> NoReturn:
     """Run the command line; errors become messages and exit codes."""
     outlive_readers()
     for number in _ASKED:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes SIGHUP
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored
             signal.signal(number, _interrupted)
     if "--debug" in sys.argv:  # wherever it stands
         sys.argv.remove("--debug")

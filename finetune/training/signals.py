@@ -76,6 +76,11 @@ def _leave(number: int) -> NoReturn:
     os._exit(128 + number)
 
 
+def _is_nohup(number: int) -> bool:
+    """Whether ``number`` is the SIGHUP that nohup has had ignored, and that is to stay so."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Turn signals into a `StopRequest`. Outside the main thread they stay as they are."""
@@ -83,8 +88,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    heard = [number for number in ASKED if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP, and is meant to
-    before = {number: signal.signal(number, request.note) for number in heard}
+    before = {number: signal.signal(number, request.note) for number in ASKED if not _is_nohup(number)}
     try:
         yield request
     finally:
