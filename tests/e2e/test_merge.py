@@ -72,7 +72,8 @@ def test_a6_adapter_and_merged_model_agree_in_a_fresh_process(
     loss = next(figure.values for figure in results.figures if figure.name == "validation: loss")
     assert loss["tuned"] < loss["base"]
     assert loss["merged"] == pytest.approx(loss["tuned"], abs=1e-4)
-    assert api.stored_results(tmp_path / "run") == results
+    assert api.named_results(tmp_path / "run") == {"comparison.json": results}
+    assert api.stored_results(tmp_path / "run") is None  # what the run's own settings find is another file
     assert api.places(tmp_path / "run")["merged model"] == merged
 
 
