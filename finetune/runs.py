@@ -126,7 +126,7 @@ class RunDirectory:
     @property
     def items(self) -> Path:
         """What `results` were summed from."""
-        return self.evaluations / "items" / self.results.name
+        return items_path(self.results)
 
     @property
     def report(self) -> Path:
@@ -191,6 +191,11 @@ class RunDirectory:
                 if number < len(lines):
                     unreadable.append(number)
         return rows, unreadable
+
+
+def items_path(results: Path) -> Path:
+    """Where what the figures in the file ``results`` were summed from is kept."""
+    return results.parent / "items" / results.name
 
 
 def open_run(path: Path) -> RunDirectory:

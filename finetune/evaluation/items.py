@@ -16,6 +16,7 @@ import numpy as np
 from finetune.errors import VerificationError
 from finetune.evaluation.comparison import Measurement
 from finetune.evaluation.statistics import Quantity, cluster_sums
+from finetune.runs import items_path
 from finetune.sealed import read_json, sha256_of, write_text
 
 Measured = Mapping[str, Mapping[str, Measurement]]
@@ -23,11 +24,6 @@ Measured = Mapping[str, Mapping[str, Measurement]]
 
 DIGITS = 9
 """Significant digits that are kept: sums in fp32 have seven."""
-
-
-def items_path(results: Path) -> Path:
-    """Where the items of the figures in ``results`` are."""
-    return results.parent / "items" / results.name
 
 
 def write_items(results: Path, measured: Measured) -> str:

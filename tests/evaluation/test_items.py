@@ -10,8 +10,9 @@ import pytest
 
 from finetune.errors import VerificationError
 from finetune.evaluation.comparison import Measurement, side_by_side
-from finetune.evaluation.items import items_path, read_items, write_items
+from finetune.evaluation.items import read_items, write_items
 from finetune.evaluation.statistics import mean, ratio
+from finetune.runs import items_path
 from finetune.sealed import sha256_of
 
 FACTS = [f"A{place // 3:02}" for place in range(36)]  # three wordings of twelve facts
