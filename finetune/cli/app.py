@@ -33,9 +33,7 @@ from finetune.cli.options import ConfigPath, Json, Overrides
 from finetune.cli.streams import outlive_readers
 from finetune.cli.workers import is_first, is_mine_to_tell
 from finetune.errors import FinetuneError
-
-_ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""SIGHUP: the terminal was closed. SIGUSR1 is SLURM's word ahead of a pre-emption, where a job asks for it."""
+from finetune.training.signals import ASKED, stays_ignored
 
 app = typer.Typer(
     name="finetune",
@@ -136,7 +134,7 @@ def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
     code = 130 if number == signal.SIGINT else 143
     if is_first():
         os.write(2, b"interrupted; nothing was left half-written\n")
-    for again in _ASKED:  # a second one is not for us to handle
+    for again in ASKED:  # a second one is not for us to handle
         signal.signal(again, signal.SIG_DFL)
     sys.exit(code)
 
@@ -144,8 +142,8 @@ def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
 def main() -> NoReturn:
     """Run the command line; errors become messages and exit codes."""
     outlive_readers()
-    for number in _ASKED:
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored
+    for number in ASKED:
+        if not stays_ignored(number):
             signal.signal(number, _interrupted)
     if "--debug" in sys.argv:  # wherever it stands
         sys.argv.remove("--debug")

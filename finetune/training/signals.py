@@ -76,7 +76,7 @@ def _leave(number: int) -> NoReturn:
     os._exit(128 + number)
 
 
-def _is_nohup(number: int) -> bool:
+def stays_ignored(number: int) -> bool:
     """Whether ``number`` is the SIGHUP that nohup has had ignored, and that is to stay so."""
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
@@ -88,7 +88,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.note) for number in ASKED if not _is_nohup(number)}
+    before = {number: signal.signal(number, request.note) for number in ASKED if not stays_ignored(number)}
     try:
         yield request
     finally:
