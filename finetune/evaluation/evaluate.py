@@ -72,13 +72,14 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Results:
     trained = [BASE] if any(target.kind != "model" for target in request.targets) else []
     require_apart([*trained, *columns.values()])
     tasks, materials, notes = _prepared(request)
+    work = _Work(tasks, materials, request.settings, progress)
     for target in request.targets:
         if target.kind == "model":
             model_directory(target)  # a mistyped one is told before the first model is measured
     gathered = _Gathered({name: {} for name in tasks}, notes=notes)
     for target in request.targets:
         opened = open_target(target, request.configs.get(target.word), request.settings, request.base)
-        _measure_target(columns[target.word], opened, _Work(tasks, materials, request.settings, progress), gathered)
+        _measure_target(columns[target.word], opened, work, gathered)
         del opened
         gc.collect()
         if torch.cuda.is_available():
@@ -86,7 +87,7 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Results:
     seconds = time.perf_counter() - began
     names = gathered.systems(request)
     measured = {name: alike(name, {column: gathered.measured[name][column] for column in names}, gathered.notes) for name in tasks}
-    results = _results(request, tasks, gathered, measured, seconds)
+    results = _results(request, work, gathered, measured, seconds)
     results.record["items"] = write_items(request.destination, measured)  # only once nothing else can fail
     write_json(request.destination, results.as_dict())
     return results
@@ -199,16 +200,16 @@ def _require_tokenizer(renderer: Renderer, materials: Materials, column: str) ->
 # --- afterwards ----------------------------------------------------------------------------------------------------------------------
 
 
-def _results(request: Request, tasks: Mapping[str, Task], gathered: _Gathered, measured: Measured, seconds: float) -> Results:
+def _results(request: Request, work: _Work, gathered: _Gathered, measured: Measured, seconds: float) -> Results:
     if len(gathered.tokenizers) > 1:
         gathered.notes.append("the models have different tokenizers: nats a token of one cannot be compared with those of another")
     figures: list[Figure] = []
     samples: list[Sample] = []
-    for name, task in tasks.items():
+    for name, task in work.tasks.items():
         found = _joined(name, task, measured[name], gathered.trained)
         figures += found[0]
         samples += found[1]
-    concluded = headlines({task.task: measured[name] for name, task in tasks.items()}, _judged(request, tasks, gathered))
+    concluded = headlines({task.task: measured[name] for name, task in work.tasks.items()}, _judged(request, work.tasks, gathered))
     return Results(
         str(request.targets[0].path if request.targets[0].kind == "run" else request.targets[0].word),
         gathered.systems(request),
@@ -218,7 +219,7 @@ def _results(request: Request, tasks: Mapping[str, Task], gathered: _Gathered, m
         tuple(gathered.notes),
         concluded,
         bases=gathered.trained,
-        record=_record(request, tasks, gathered.records),
+        record=_record(request, work, gathered.records),
     )
 
 
@@ -247,13 +248,11 @@ def _joined(name: str, task: Task, measured: Mapping[str, Measurement], bases: M
         ) from error
 
 
-def _record(request: Request, tasks: Mapping[str, Task], systems: dict[str, Any]) -> dict[str, Any]:
+def _record(request: Request, work: _Work, systems: dict[str, Any]) -> dict[str, Any]:
     """All that is needed to measure the same again."""
-    data = {
-        name: identity(task.data) for name, task in tasks.items() if isinstance(task, (LossTask, GenerateTask, ChoicesTask)) and task.data
-    }
-    materials = materials_of(request)
-    asked = {name: knowledge.digests(materials.facts, task) for name, task in tasks.items() if isinstance(task, KnowledgeTask)}
+    tasks, with_data = work.tasks.items(), (LossTask, GenerateTask, ChoicesTask)
+    data = {name: identity(task.data) for name, task in tasks if isinstance(task, with_data) and task.data}
+    asked = {name: knowledge.digests(work.materials.facts, task) for name, task in tasks if isinstance(task, KnowledgeTask)}
     return {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "targets": [target.word for target in request.targets],
@@ -263,6 +262,6 @@ def _record(request: Request, tasks: Mapping[str, Task], systems: dict[str, Any]
         "evaluation": request.settings.model_dump(mode="json"),
         "data": data,
         "questions": asked,
-        "validation": materials.record,
+        "validation": work.materials.record,
         **environment(),
     }
