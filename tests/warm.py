@@ -11,26 +11,28 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
+MODULES = ("analysis.analyze", "evaluation.evaluate", "merging.combine", "merging.merge_run", "training.train")
 
-def serve() -> None:
-    """Fork for every request until stdin ends."""
+
+def forked(run: Callable[[Any], int], *modules: str) -> Iterator[int]:
+    """Import ``modules`` of finetune, then fork for every line of stdin and yield the child's id, which is to be waited for.
+
+    The child gives ``run`` what the line holds as JSON, and ends with the exit code that it returns.
+    """
     from finetune.hardware import prepare_process
 
     prepare_process()
-    import finetune.analysis.analyze
-    import finetune.evaluation.evaluate
-    import finetune.merging.combine
-    import finetune.merging.merge_run
-    import finetune.training.train  # noqa: F401
-
+    for module in modules:
+        import_module(f"finetune.{module}")
     for line in sys.stdin:
         child = os.fork()
         if not child:
             os._exit(run(json.loads(line)))
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        yield child
 
 
 def run(request: dict[str, Any]) -> int:
@@ -57,4 +59,6 @@ def run(request: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    serve()
+    for child in forked(run, *MODULES):
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

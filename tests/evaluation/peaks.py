@@ -12,22 +12,10 @@ import sys
 import threading
 from pathlib import Path
 
+from tests.warm import forked
+
 EVERY_S = 0.003
 """Between two looks at the own pages, of which the kernel keeps no peak."""
-
-
-def serve() -> None:
-    """Fork for every command until stdin ends."""
-    from finetune.hardware import prepare_process
-
-    prepare_process()
-    import finetune.evaluation.evaluate  # noqa: F401
-
-    for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            os._exit(run(json.loads(line)))
-        os.waitpid(child, 0)
 
 
 def run(arguments: list[str]) -> int:
@@ -59,4 +47,5 @@ def memory(name: str) -> float:
 
 
 if __name__ == "__main__":
-    serve()
+    for child in forked(run, "evaluation.evaluate"):
+        os.waitpid(child, 0)

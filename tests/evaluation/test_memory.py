@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -31,8 +32,9 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[list[str]]
 
     def measure(commands: list[list[str]]) -> list[tuple[float, float]]:
         lines = "".join(json.dumps(command) + "\n" for command in commands)
-        program = [sys.executable, str(Path(__file__).with_name("peaks.py"))]
-        done = subprocess.run(program, cwd=folder, input=lines, capture_output=True, text=True, timeout=300, check=False)
+        program, root = [sys.executable, "-m", "tests.evaluation.peaks"], Path(__file__).parents[2]
+        environment = os.environ | {"PYTHONPATH": str(root)}
+        done = subprocess.run(program, cwd=folder, input=lines, capture_output=True, text=True, timeout=300, check=False, env=environment)
         found = [json.loads(line) for line in done.stdout.splitlines()]
         assert [code for code, *_ in found] == [0] * len(commands), done.stderr
         return [(resident, own) for _, resident, own in found]
