@@ -152,7 +152,8 @@ def test_the_best_of_an_arm_is_chosen_anew_in_every_resample(planned: Planned, t
     assert number.sampled is not None
     assert top.numbers["learned"].sampled is not None
     assert number.sampled.draws.mean() > top.numbers["learned"].sampled.draws.mean() + 0.005
-    assert number.low >= top.numbers["learned"].sampled.interval[0]  # type: ignore[index]
+    assert top.numbers["learned"].sampled.interval is not None
+    assert number.low >= top.numbers["learned"].sampled.interval[0]
 
 
 def _gaps(arm: str) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from finetune.config.data import Icd10cm
+from finetune.config.data import Icd10cm, Relation
 from finetune.config.evaluation import KnowledgeTask
 from finetune.data.icd10cm import facts, trained_by
 from finetune.evaluation.knowledge import sections
@@ -22,8 +22,8 @@ def _codes(source: Icd10cm, *arms: str) -> set[str]:
     return {fact.code for fact in facts(source) if fact.arm in arms}
 
 
-def _by_arm(*sources: Icd10cm, relation: str = "inclusion-term") -> dict[str, set[str]]:
-    found = trained_by(sources, (relation,))  # type: ignore[arg-type]
+def _by_arm(*sources: Icd10cm, relation: Relation = "inclusion-term") -> dict[str, set[str]]:
+    found = trained_by(sources, (relation,))
     return {arm: {fact.code for fact in found if fact.arm == arm} for arm in ("questions", "documents", "control")}
 
 
