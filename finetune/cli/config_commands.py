@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,11 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.cli.options import ConfigPath, Json, Overrides
+from finetune.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from finetune.config.load import Loaded
     from finetune.config.schema import Config
     from finetune.config.shipped import Recipe
+
+_PLACE = re.compile(r":(\d+)(?::(\d+))?$")
+"""The end of `FILE:LINE:COLUMN`, as problems are placed."""
 
 app = typer.Typer(help="Check, show and document the YAML file.", no_args_is_help=True)
 
@@ -30,12 +35,18 @@ def check(config: ConfigPath, override: Overrides = None, as_json: Json = False)
     from finetune.config.load import load_config
     from finetune.config.notes import missing_sources, unusual_rates
 
-    loaded = load_config(config, override or ())
+    try:
+        loaded = load_config(config, override or ())
+    except ConfigError as error:
+        if as_json:
+            problems = [problem_as_json(problem) for problem in error.problems]
+            _print_json({"config": str(config), "valid": False, "notes": [], "problems": problems})
+        raise
     notes = [*missing_sources(loaded.config), *unusual_rates(loaded.config)]
     for note in notes:
         typer.echo(f"note: {note}", err=True)
     if as_json:
-        _print_json({"config": str(loaded.path), "valid": True, "notes": notes})
+        _print_json({"config": str(loaded.path), "valid": True, "notes": notes, "problems": []})
     else:
         typer.echo(f"{loaded.path}: valid")
 
@@ -94,6 +105,13 @@ def init(
         _print_json({"config": str(path)})
     else:
         typer.echo(str(path))
+
+
+def problem_as_json(problem: Problem) -> dict[str, str | int | None]:
+    """What `config check --json` prints of a problem; ``line`` and ``column``, from 1, are null where none is known, as of an override."""
+    place = None if problem.where.startswith("-o ") else _PLACE.search(problem.where)
+    line, column = (int(number) if number else None for number in place.groups()) if place else (None, None)
+    return {"what": problem.what, "where": problem.where, "line": line, "column": column, "fix": problem.fix}
 
 
 def shown_as_json(loaded: Loaded, reasons: Mapping[str, str]) -> dict[str, Any]:

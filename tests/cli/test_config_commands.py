@@ -59,6 +59,21 @@ def test_check_reports_every_problem_without_a_traceback(finetune: Run, tmp_path
 def test_check_as_json(finetune: Run):
     run = finetune("config", "check", "good.yaml", "--json")
     assert json.loads(run.stdout)["valid"] is True
+    assert json.loads(run.stdout)["problems"] == []
+
+
+def test_check_as_json_tells_every_problem_in_its_parts(finetune: Run, tmp_path: Path):
+    (tmp_path / "bad.yaml").write_text("model: {id: a/b}\ntuning: {method: lora, rnk: 3}\ndata: {train: []}\n")
+    run = finetune("config", "check", "bad.yaml", "--json", "-o", "seed=-1")
+    assert run.returncode == 2
+    found = json.loads(run.stdout)
+    assert (found["config"], found["valid"], found["notes"]) == ("bad.yaml", False, [])
+    places = {problem["where"]: (problem["line"], problem["column"]) for problem in found["problems"]}
+    assert places == {"bad.yaml": (None, None), "bad.yaml:2:24": (2, 24), "bad.yaml:3:15": (3, 15), "-o seed=-1": (None, None)}
+    misspelt = next(problem for problem in found["problems"] if problem["line"] == 2)
+    assert (misspelt["what"], misspelt["fix"]) == ("unknown key `rnk` in `tuning`", "did you mean `rank`?")
+    assert all(problem["what"] in run.stderr for problem in found["problems"])  # for people, as without --json
+    assert json.loads(finetune("config", "check", "none.yaml", "--json").stdout)["problems"][0]["what"] == "there is no such file"
 
 
 def test_check_loads_nothing_heavy(tmp_path: Path, good: Path):
