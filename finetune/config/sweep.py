@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from finetune.config.figure_names import VALIDATION_LOSS, figure_names, general_name, trained_names
 from finetune.config.hints import nearest
 from finetune.config.layers import shown
 from finetune.config.load import Loaded, load_config
@@ -20,9 +21,6 @@ from finetune.config.section import Section
 from finetune.config.tree import Document, KeyPath, Node, dotted
 from finetune.config.yaml12 import compose, read_text
 from finetune.errors import ConfigError, Problem
-
-VALIDATION_LOSS = "validation loss"
-"""What runs are chosen by where a sweep names nothing else."""
 
 _LINE_ENDS = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 _NOT_IN_A_NAME = re.compile(r"[^\w.+-]+")
@@ -107,7 +105,10 @@ def load_sweep(path: Path) -> Planned:
     if problems:
         raise ConfigError.from_problems(problems)
     base = _base(sweep, document.directory)
-    return Planned(sweep, base, Path(sweep.output), _loaded(base, list(cases(sweep))))
+    found = _loaded(base, list(cases(sweep)))
+    if problems := list(_unknown_figures(sweep, found, tree)):
+        raise ConfigError.from_problems(problems)
+    return Planned(sweep, base, Path(sweep.output), found)
 
 
 def sweep_schema() -> dict[str, Any]:
@@ -190,6 +191,19 @@ def _contradictions(sweep: Sweep, tree: Node) -> Iterator[Problem]:
         place = tree.nearest(("select",)).heading
         what = f"{sweep.select!r} is measured by `finetune eval`, and `evaluate` is false"
         yield Problem(what, str(place), "remove one of the two", place.excerpt())
+
+
+def _unknown_figures(sweep: Sweep, found: Sequence[tuple[Case, Loaded]], tree: Node) -> Iterator[Problem]:
+    """Names of figures that a run of the sweep cannot have, as far as its configuration tells which it has."""
+    columns: dict[KeyPath, str] = {("columns", place): name for place, name in enumerate(sweep.columns)}
+    for path, name in {("select",): sweep.select, **columns}.items():
+        for case, loaded in found:
+            known = figure_names(loaded.config) if sweep.evaluate else trained_names(loaded.config)
+            if known and general_name(name) not in known:
+                place, meant = tree.nearest(path).at, nearest(name, known)
+                fix = f"did you mean {meant!r}?" if meant else f"there are: {', '.join(sorted(known))}"
+                yield Problem(f"run {case.run.name} will have no figure called {name!r}", str(place), fix, place.excerpt())
+                break
 
 
 _Contradiction = tuple[KeyPath, str, str]

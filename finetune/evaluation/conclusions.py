@@ -9,23 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from finetune.config.figure_names import (
+    ASKED,
+    BINDING,
+    CONTROL,
+    EFFICIENCY,
+    GAP,
+    GENERAL_TEXT,
+    HEADLINES,
+    LOSS,
+    READ,
+    STYLE,
+    SUBSTANCE,
+    TRAINED,
+)
 from finetune.evaluation.comparison import Measurement
 from finetune.evaluation.results import Change, Headline
 from finetune.evaluation.statistics import Sampled, sampled_change, verdict
 
-TRAINED, ASKED, READ, CONTROL = (
-    "all trained facts",
-    "trained as documents and questions",
-    "trained as documents only",
-    "never trained (control)",
-)
-"""The arms, as figures name them."""
+__all__ = ["ASKED", "BINDING", "CONTROL", "GAP", "HEADLINES", "READ", "STYLE", "SUBSTANCE", "TRAINED", "contrasts", "headlines"]
 
-STYLE, SUBSTANCE, GAP = "style", "substance", "extraction gap"
-BINDING = "binding to its question"
-HEADLINES = ("answer loss", BINDING, "choice of four, titles of the arm")
-"""The figures that conclusions are drawn from. Training makes titles familiar, whichever term they stand beside, and that alone lowers the
-loss of answers and beats titles never read: only the last two tell whether term and title were bound."""
 _GROUPS = (TRAINED, ASKED, READ, CONTROL, "general text")
 
 
@@ -46,7 +49,7 @@ def headlines(measured: Mapping[str, Mapping[str, Measurement]], bases: Mapping[
 
 
 def _conclusions(system: str, measure_name: str, before: Measurement, after: Measurement) -> Iterator[Headline]:
-    aim = "lower" if measure_name == "answer loss" else "higher"
+    aim = "lower" if measure_name == LOSS else "higher"
     for name, number in contrasts(measure_name, before, after).items():
         quantity = before.named(f"{CONTROL}: {measure_name}")
         better = "same" if name == STYLE else aim
@@ -80,16 +83,14 @@ def _efficiency(system: str, base: str, measured: Mapping[str, Mapping[str, Meas
     general = measured.get("forgetting", {})
     if system not in general:
         return
-    before, after = (general[name].named("general text: loss") for name in (base, system))
-    trained, control = (
-        _arm_change(arm, HEADLINES[0], *(measured["knowledge"][name] for name in (base, system))) for arm in (TRAINED, CONTROL)
-    )
+    before, after = (general[name].named(GENERAL_TEXT) for name in (base, system))
+    trained, control = (_arm_change(arm, LOSS, *(measured["knowledge"][name] for name in (base, system))) for arm in (TRAINED, CONTROL))
     if not (before and after and trained and control):
         return
     forgotten = sampled_change(before, after, _GROUPS.index("general text"))
     if forgotten.interval and forgotten.interval[0] > 0:
         number = (control - trained).over(forgotten).times(0.01)
-        yield Headline("efficiency", HEADLINES[0], "nats/token for 0.01 forgotten", "higher", system, _stated(number, "higher"))
+        yield Headline(EFFICIENCY, LOSS, "nats/token for 0.01 forgotten", "higher", system, _stated(number, "higher"))
 
 
 def _stated(number: Sampled, better: str) -> Change:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from finetune.config.figure_names import GENERAL_QUESTIONS, GENERAL_TEXT
 from finetune.data.formats import Message
 from finetune.data.general import general_blocks, general_questions
 from finetune.data.render import Renderer
@@ -27,7 +28,7 @@ def measure(scorer: Scorer, renderer: Renderer, advance: Callable[[int], None] =
             for question in general_questions()
         ]
         right = [one.is_right() for one in judge(scorer, renderer, items, advance)]
-        quantities.append(mean("general questions: four-way choice", "share", "higher", right, range(len(right))))
+        quantities.append(mean(GENERAL_QUESTIONS, "share", "higher", right, range(len(right))))
     return Measurement(tuple(quantities))
 
 
@@ -36,4 +37,4 @@ def _text_loss(scorer: Scorer, renderer: Renderer, advance: Callable[[int], None
     found = dict(scorer.losses(blocks, advance))
     pieces = [piece for place in range(len(blocks)) for piece in torch.split(found[place], _NEIGHBOURS)]
     items = ([float(piece.sum()) for piece in pieces], [len(piece) for piece in pieces])
-    return ratio("general text: loss", "nats/token", "lower", items, range(len(pieces)))
+    return ratio(GENERAL_TEXT, "nats/token", "lower", items, range(len(pieces)))

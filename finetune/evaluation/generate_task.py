@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.config.figure_names import METRICS
 from finetune.config.schema import GenerateTask
 from finetune.data.records import Message, Record, Text
 from finetune.data.render import Renderer
@@ -22,15 +23,6 @@ from finetune.scoring import Scorer
 
 Metric = Callable[[str, str], float]
 """(given, expected) -> from 0 to 1."""
-
-_NAMES = {
-    "exact-match": "exact match",
-    "token-f1": "token F1",
-    "rouge-l": "ROUGE-L",
-    "chrf": "chrF",
-    "regex": "pattern found",
-    "json": "valid JSON",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +56,7 @@ def measure(
         answers = continuations(scorer, renderer, [one.prompt for one in questions], decoding, advance)
         _add(found, metrics, list(zip(questions, answers, strict=True)), name, samples)
     rows = range(len(found.ended))
-    quantities = [mean(f"{name}: {_NAMES[metric]}", "share", "higher", values, rows) for metric, values in found.values.items()]
+    quantities = [mean(f"{name}: {METRICS[metric]}", "share", "higher", values, rows) for metric, values in found.values.items()]
     return Measurement((*quantities, mean(f"{name}: ended by itself", "share", "same", found.ended, rows)), found.answers)
 
 

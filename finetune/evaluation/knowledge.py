@@ -13,6 +13,22 @@ from dataclasses import dataclass
 
 from finetune.config.data import Icd10cm
 from finetune.config.evaluation import KnowledgeTask
+from finetune.config.figure_names import (
+    ASKED,
+    BINDING,
+    CONTROL,
+    FORCED,
+    FREE,
+    LABELS,
+    LOSS,
+    NEAR,
+    OF_SECTIONS,
+    READ,
+    RIVALS,
+    TITLE_FORM,
+    TRAINED,
+    WRONG_TITLES,
+)
 from finetune.config.knowledge_checks import taught_by
 from finetune.data.formats import Conversation, Message
 from finetune.data.icd10cm import trained_by
@@ -20,27 +36,12 @@ from finetune.data.icd10cm_questions import Kind, Question, controlled, digest, 
 from finetune.data.render import Example, Renderer
 from finetune.evaluation.choices import Continuations, Judged, score
 from finetune.evaluation.comparison import Measurement
-from finetune.evaluation.conclusions import ASKED, BINDING, CONTROL, READ, TRAINED
 from finetune.evaluation.generation import answer, is_exact
 from finetune.evaluation.likeliest import likeliest
 from finetune.evaluation.statistics import Quantity, mean, ratio
 from finetune.scoring import Scorer
 
 ARMS = {ASKED: ("questions",), READ: ("documents",), TRAINED: ("questions", "documents"), CONTROL: ("control",)}
-_OF_SECTIONS = (TRAINED, CONTROL)
-"""Arms of all but the main questions, where the table would grow too long."""
-LABELS: dict[str, str] = {
-    "knowledge": "",
-    "memory": "in trained words",
-    "reversed": "reversed",
-    "code": "the code",
-    "group": "the group",
-    "two-hops": "two hops",
-    "five-shot": "after five examples",
-    "open-book": "with the document",
-}
-"""What stands after the arm in the names of figures, by what a task lists under `asks` and `controls`."""
-STYLE = "style alone"
 _ENDS = (".", "?", "!", ":", ",")
 
 
@@ -112,7 +113,7 @@ def measure(
         shown = _samples(section.asked, samples) if place == 0 else []
         wanted = range(len(section.asked)) if generate and place == 0 else shown
         marked = _mark(scorer, renderer, section.asked, wanted, advance)
-        arms = ARMS if not section.label else {arm: ARMS[arm] for arm in _OF_SECTIONS}
+        arms = ARMS if not section.label else {arm: ARMS[arm] for arm in OF_SECTIONS}
         for arm, members in arms.items():
             chosen = [one for one in marked if one.question.fact.arm in members]
             quantities += _quantities(section.name(arm), arm, chosen, free=generate and place == 0) if chosen else ()
@@ -178,19 +179,19 @@ def _quantities(name: str, arm: str, marked: Sequence[_Marked], *, free: bool) -
     codes = [one.question.fact.code for one in marked]
     losses = ([one.judged.answer_loss for one in marked], [one.judged.answer_tokens for one in marked])
     shares: Mapping[str, list[bool]] = {
-        "choice of four, near titles": [one.judged.is_right(one.question.choices) for one in marked],
+        NEAR: [one.judged.is_right(one.question.choices) for one in marked],
         # Trained titles are familiar, whichever term they belong to: only a model that has bound the two prefers the answer to these.
-        "choice of four, titles of the arm": [one.judged.is_right(one.question.rivals) for one in marked],
-        "exact match, teacher-forced": [one.hits == one.judged.answer_tokens for one in marked],
+        RIVALS: [one.judged.is_right(one.question.rivals) for one in marked],
+        FORCED: [one.hits == one.judged.answer_tokens for one in marked],
     }
-    yield ratio(f"{name}: answer loss", "nats/token", "lower" if better == "higher" else better, losses, codes)
+    yield ratio(f"{name}: {LOSS}", "nats/token", "lower" if better == "higher" else better, losses, codes)
     bound = _binding(marked)
     if bound:
         yield mean(f"{name}: {BINDING}", "nats/token", better, list(bound.values()), [marked[place].question.fact.code for place in bound])
     for measured, right in shares.items():
         yield mean(f"{name}: {measured}", "share", better, right, codes)
     if free:
-        yield mean(f"{name}: exact match", "share", better, [is_exact(one.text or "", one.question.answer) for one in marked], codes)
+        yield mean(f"{name}: {FREE}", "share", better, [is_exact(one.text or "", one.question.answer) for one in marked], codes)
 
 
 def _binding(marked: Sequence[_Marked]) -> dict[int, float]:
@@ -217,11 +218,11 @@ def _style(marked: Sequence[_Marked], *, free: bool) -> Iterator[Quantity]:
     codes = [one.question.fact.code for one in marked]
     wrong = [[one.judged.scores[choice] for choice in one.question.choices if choice != one.question.answer] for one in marked]
     parts = ([sum(nats for nats, _ in found) for found in wrong], [sum(count for _, count in found) for found in wrong])
-    yield ratio(f"{STYLE}: loss of wrong titles", "nats/token", "same", parts, codes)
+    yield ratio(WRONG_TITLES, "nats/token", "same", parts, codes)
     if free:
         longest = max(len(one.question.answer.split()) for one in marked)
         formed = [has_form(one.text or "", longest) for one in marked]
-        yield mean(f"{STYLE}: free answers in the form of a title", "share", "same", formed, codes)
+        yield mean(TITLE_FORM, "share", "same", formed, codes)
 
 
 def has_form(text: str, most_words: int) -> bool:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.config.figure_names import GENERAL_TEXT, LOSS, SUBSTANCE, VALIDATION_LOSS
 from finetune.config.hints import nearest
-from finetune.config.sweep import VALIDATION_LOSS, Planned
+from finetune.config.sweep import Planned
 from finetune.errors import ConfigError
 from finetune.runs import RunDirectory
 from finetune.sealed import read_json, write_json
@@ -123,7 +124,7 @@ def _shown(value: float, base: float | None, change: Mapping[str, Any], better: 
 def _usual(rows: Sequence[Row]) -> tuple[str, ...]:
     """What is shown where a sweep names nothing: what was learned beyond style, and what was forgotten."""
     known = [name for row in rows for name in row.figures]
-    wanted = ("substance: answer loss", "general text: loss")
+    wanted = (f"{SUBSTANCE}: {LOSS}", GENERAL_TEXT)
     return tuple(name for name in wanted if name in known)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune import api
-from finetune.config.sweep import VALIDATION_LOSS
+from finetune.config.figure_names import VALIDATION_LOSS
 from finetune.sweeping.table import Row, Shown, Table
 
 
@@ -39,3 +39,18 @@ def test_the_exit_code_is_that_of_the_first_run_without_figures(
     failed = sum(code != 0 for code in codes)
     assert (f"{failed} of 2 runs have no figures" in " ".join(done.err.split())) == (failed > 0)
     assert (len(json.loads(done.out)["rows"]) == 2) if as_json else done.out.endswith("sweep\n")
+
+
+def test_a_misspelt_figure_is_told_before_anything_is_trained(
+    write_config: Callable[..., Path], tmp_path: Path, finetune: Callable[..., Any]
+) -> None:
+    write_config()
+    path = tmp_path / "sweep.yaml"
+    path.write_text("config: run.yaml\noutput: sweep\nselect: validaton loss\ncolumns: [general text]\n")
+    done = finetune("sweep", path, cwd=tmp_path)
+    assert done.code == 2
+    assert "no figure called 'validaton loss'" in done.err
+    assert "did you mean 'validation loss'?" in done.err
+    assert "did you mean 'general text: loss'?" in done.err
+    assert "sweep.yaml:3:9" in done.err
+    assert not (tmp_path / "sweep").exists()

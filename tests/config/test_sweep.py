@@ -122,3 +122,30 @@ def test_the_example_of_the_documentation_is_a_sweep(tmp_path: Path, monkeypatch
     assert len(planned.cases) == 6
     for key in Sweep.model_fields:
         assert f"| `{key}` |" in page
+
+
+def test_a_figure_that_no_run_will_have_is_told_before_the_first_is_trained(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    write_config()
+    content = {"config": "run.yaml", "output": str(tmp_path / "s"), "grid": {"seed": [0, 1]}}
+    path = sweep_file(
+        tmp_path / "sweep.yaml", **content, select="general text: los", columns=["validation: perplexity", "substanc: answer loss"]
+    )
+    text = problems(path)
+    assert text.count("will have no figure called") == 2
+    assert "run seed-0 will have no figure called 'general text: los'" in text
+    assert "did you mean 'general text: loss'?" in text
+    assert "sweep.yaml:10:9" in text
+    assert not (tmp_path / "s").exists()
+    assert len(load_sweep(sweep_file(path, **content, select="general text: loss", columns=["validation: perplexity"])).cases) == 2
+    text = problems(sweep_file(path, **content, evaluate=False, columns=["general text: loss"]))
+    assert "there are: validation loss" in text
+
+
+def test_figures_that_rows_or_another_program_name_are_taken_as_they_are(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    content = {"config": "run.yaml", "output": str(tmp_path / "s")}
+    write_config(evaluation={"tasks": [{"task": "choices", "name": "mine", "data": {"source": "q.jsonl"}}]})
+    for name in ("mine: accuracy (chance 25%)", "mine: loss of the right answer"):
+        assert load_sweep(sweep_file(tmp_path / "sweep.yaml", **content, select=name)).sweep.select == name
+    assert "did you mean 'mine: accuracy (chance N%)'" in problems(sweep_file(tmp_path / "sweep.yaml", **content, select="mine: acuracy"))
+    write_config(evaluation={"tasks": [{"task": "harness", "tasks": ["arc_easy"]}]})
+    assert load_sweep(sweep_file(tmp_path / "sweep.yaml", **content, select="arc_easy: acc")).sweep.select == "arc_easy: acc"

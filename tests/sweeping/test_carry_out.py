@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from finetune.config.dump import dump_config
+from finetune.config.figure_names import GENERAL_QUESTIONS
 from finetune.config.load import load_config
 from finetune.config.sweep import Planned, load_sweep
 from finetune.errors import ConfigError, RunInterruptedError
@@ -59,7 +60,7 @@ class Commands:
         (run / "eval").mkdir(exist_ok=True)
         rate = load_config(run / "config.yaml").config.optimizer.learning_rate
         change = Change(rate, rate - 0.005, rate + 0.005, 0.04, "better")
-        figure = Figure("t", "facts: accuracy", "share", 9, {"base": 0.25, "tuned": 0.25 + rate}, "higher", {}, {"tuned": change})
+        figure = Figure("t", GENERAL_QUESTIONS, "share", 9, {"base": 0.25, "tuned": 0.25 + rate}, "higher", {}, {"tuned": change})
         headline = Headline("substance", "answer loss", "nats/token", "lower", "tuned", change)
         results = Results(str(run), ("base", "tuned"), (figure,), (), 1.0, headlines=(headline,))
         (run / "eval" / "results.json").write_text(json.dumps(results.as_dict()))
@@ -88,9 +89,9 @@ def test_each_run_is_trained_and_measured_and_the_best_of_each_arm_is_marked(pla
     assert json.loads((plan.directory / RECORD).read_text())["rows"][0]["figures"]["validation loss"]["value"] == 3.0
     assert table.rows[0].tokens == 10
     assert table.columns == ("substance: answer loss",)
-    shown = table.rows[0].figures["facts: accuracy"]
+    shown = table.rows[0].figures[GENERAL_QUESTIONS]
     assert (shown.value, shown.base, shown.low, shown.high, shown.better) == pytest.approx((0.26, 0.25, 0.005, 0.015, "higher"))
-    by_accuracy = planned(select="facts: accuracy", arms={"a": {}, "b": {"tuning.rank": 2}})
+    by_accuracy = planned(select=GENERAL_QUESTIONS, arms={"a": {}, "b": {"tuning.rank": 2}})
     again = write_table(by_accuracy, carry_out(by_accuracy, command=commands))
     assert [row.name for row in again.rows if row.best] == ["a_learning_rate-0.03", "b_learning_rate-0.03"]
 
@@ -169,8 +170,8 @@ def test_an_interruption_says_where_the_sweep_stands(planned: Callable[..., Plan
     assert [line[0] for line in commands.seen] == ["train", "eval", "train", "train", "eval", "train", "eval"]
 
 
-def test_a_figure_that_no_run_has_is_told_after_the_first_with_those_there_are(planned: Callable[..., Planned]) -> None:
-    plan, commands = planned(columns=["facts: acuracy"]), Commands(dict.fromkeys(RATES, 1.0))
-    with pytest.raises(ConfigError, match="did you mean 'facts: accuracy'"):
+def test_a_figure_that_no_run_turns_out_to_have_is_told_after_the_first(planned: Callable[..., Planned]) -> None:
+    plan, commands = planned(columns=["validation: loss"]), Commands(dict.fromkeys(RATES, 1.0))
+    with pytest.raises(ConfigError, match="has no figure called 'validation: loss'"):
         carry_out(plan, command=commands, check=lambda outcome: require_figures(plan, outcome))
     assert [line[0] for line in commands.seen] == ["train", "eval"]
