@@ -6,9 +6,8 @@ import json
 import os.path
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -18,6 +17,8 @@ from finetune.config.combine import ModelOutput, Plan, plan_adapter, plan_shape,
 from finetune.config.hints import nearest
 from finetune.config.layers import shown
 from finetune.config.shape import Block, Choice, Leaf, Shape
+from finetune.config.supposed import complaints_throughout
+from finetune.config.translate import Complaint
 from finetune.config.tree import Document, KeyPath, Node, dotted, replace_at
 from finetune.config.yaml12 import compose, read_text
 from finetune.errors import ConfigError, Problem
@@ -43,8 +44,8 @@ def load_plan(path: Path) -> Plan:
         raise ConfigError("a plan is a mapping, and this is not", where=str(tree.at), fix="write `method: average` and `adapters: ...`")
     try:
         plan: Plan = plan_adapter().validate_json(json.dumps(_absolute(tree).plain()), strict=True)
-    except ValidationError as error:
-        problems = list(_problems(error.errors(), tree))
+    except ValidationError:
+        problems = list(_problems(tree))
     else:
         problems = list(_contradictions(plan, tree))
         if not (problems or duplicates):
@@ -79,15 +80,18 @@ def _contradictions(plan: Plan, tree: Node) -> Iterator[Problem]:
         yield _problem("`base.revision` belongs to `base.id`, which is missing", tree.nearest(("base", "revision")), "add `id:`")
 
 
-@dataclass(frozen=True, slots=True)
-class _Complaint:
-    kind: str
-    path: KeyPath
-    problem: Problem
+def _refused(tree: Node) -> list[Complaint]:
+    try:
+        plan_adapter().validate_json(json.dumps(_absolute(tree).plain()), strict=True)
+    except ValidationError as error:
+        found = [_complaint(one["type"], *_locate(one["loc"]), tree) for one in error.errors()]
+        # pydantic counts only the entries that are right
+        return [complaint for complaint in found if complaint.kind != "too_short" or not tree.nearest(complaint.path).content]
+    return []
 
 
-def _problems(errors: Sequence[Any], tree: Node) -> Iterator[Problem]:
-    found = [_complaint(error["type"], *_locate(error["loc"]), tree) for error in errors]
+def _problems(tree: Node) -> Iterator[Problem]:
+    found = complaints_throughout(tree, _refused, plan_shape())
     strangers = {(complaint.path[:-1], str(complaint.path[-1])) for complaint in found if complaint.kind == "extra_forbidden"}
     for complaint in sorted({complaint.path: complaint for complaint in reversed(found)}.values(), key=lambda one: _line(one, tree)):
         near = [key for section, key in strangers if section == complaint.path[:-1]]
@@ -97,7 +101,7 @@ def _problems(errors: Sequence[Any], tree: Node) -> Iterator[Problem]:
             yield complaint.problem
 
 
-def _line(complaint: _Complaint, tree: Node) -> tuple[int, int]:
+def _line(complaint: Complaint, tree: Node) -> tuple[int, int]:
     place = tree.nearest(complaint.path).heading
     return place.line, place.column
 
@@ -118,25 +122,23 @@ def _locate(location: Sequence[str | int]) -> tuple[KeyPath, Shape | None, Shape
     return path, place, around
 
 
-def _complaint(kind: str, path: KeyPath, place: Shape | None, around: Shape | None, tree: Node) -> _Complaint:
+def _complaint(kind: str, path: KeyPath, place: Shape | None, around: Shape | None, tree: Node) -> Complaint:
     node, name = tree.nearest(path), dotted(path)
     if kind == "extra_forbidden":
-        return _Complaint(kind, path, _problem(f"unknown key `{path[-1]}`{_inside(path)}", node, _meant(path, around, tree), heading=True))
+        return Complaint(kind, path, _problem(f"unknown key `{path[-1]}`{_inside(path)}", node, _meant(path, around, tree), heading=True))
     if kind == "missing":
-        return _Complaint(kind, path, _missing(path, tree))
+        return Complaint(kind, path, _missing(path, tree))
     if kind in ("union_tag_invalid", "union_tag_not_found") and isinstance(place, Choice) and isinstance(node.content, dict):
         return _no_member(path, place, node)
     if kind == "too_short":
-        return _Complaint(
-            kind, path, _problem(f"`{name}` is empty", node, f"such as `{_EXAMPLES.get(str(path[-1]), '...')}`", heading=True)
-        )
+        return Complaint(kind, path, _problem(f"`{name}` is empty", node, f"such as `{_EXAMPLES.get(str(path[-1]), '...')}`", heading=True))
     shown_value = json.dumps(node.content) if not isinstance(node.content, dict | list) else "a list or a mapping"
     example = _EXAMPLES.get(str(path[-1])) if path else None
     fix = f"such as `{example}`" if example else ""
-    return _Complaint("value", path, _problem(f"`{name}` is {shown_value}; allowed: {allowed(place)}", node, fix))
+    return Complaint("value", path, _problem(f"`{name}` is {shown_value}; allowed: {allowed(place)}", node, fix))
 
 
-def _no_member(path: KeyPath, place: Choice, node: Node) -> _Complaint:
+def _no_member(path: KeyPath, place: Choice, node: Node) -> Complaint:
     told = node.child(place.key)
     inside = (*path, place.key)
     words = join(place.members, "or")
@@ -145,10 +147,10 @@ def _no_member(path: KeyPath, place: Choice, node: Node) -> _Complaint:
         fix = f"did you mean `{place.key}` by `{close}`?" if close else f"add `{place.key}:` with one of {words}"
         where = "" if path else "; it decides which keys a plan has"
         problem = Problem(f"`{dotted(inside)}` is missing{where}", str(node.heading), fix)
-        return _Complaint("missing", inside, problem)
+        return Complaint("missing", inside, problem)
     meant = nearest(str(told.content).replace("_", "-"), place.members)
     fix = f"did you mean `{meant}`?" if meant else ""
-    return _Complaint("value", inside, _problem(f"`{dotted(inside)}` is {json.dumps(told.plain())}; allowed: {words}", told, fix))
+    return Complaint("value", inside, _problem(f"`{dotted(inside)}` is {json.dumps(told.plain())}; allowed: {words}", told, fix))
 
 
 def _missing(path: KeyPath, tree: Node) -> Problem:

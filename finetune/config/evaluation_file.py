@@ -14,7 +14,8 @@ from finetune.config.layers import read_layers
 from finetune.config.overrides import apply_overrides
 from finetune.config.paths import absolute_paths
 from finetune.config.schema import Config, Evaluation
-from finetune.config.translate import complaints
+from finetune.config.supposed import complaints_throughout
+from finetune.config.translate import Complaint, complaints
 from finetune.config.tree import Document, KeyPath, Node, Place
 from finetune.errors import ConfigError, Problem
 
@@ -40,8 +41,8 @@ def load_evaluation(path: Path | None, overrides: Sequence[str] = ()) -> Evaluat
     known = Node({_SECTION: section}, tree.at) if (section := tree.child(_SECTION)) is not None else Node({}, tree.at)
     try:
         config = Config.model_validate_json(json.dumps(_REST | _plain(known)), strict=True)
-    except ValidationError as error:
-        found += [(complaint.path, complaint.problem) for complaint in complaints(error.errors(), known)]
+    except ValidationError:
+        found += [(complaint.path, complaint.problem) for complaint in complaints_throughout(known, _refused)]
     else:
         found += [(finding.paths[0], _located(finding.what, finding.fix, finding.paths[0], tree)) for finding in evaluation_tasks(config)]
     if found or failed:
@@ -49,6 +50,14 @@ def load_evaluation(path: Path | None, overrides: Sequence[str] = ()) -> Evaluat
         found.sort(key=lambda item: _position(tree, item[0]))
         raise ConfigError.from_problems(masked(problem, values) for problem in [*(problem for _, problem in found), *failed])
     return config.evaluation
+
+
+def _refused(tree: Node) -> list[Complaint]:
+    try:
+        Config.model_validate_json(json.dumps(_REST | _plain(tree)), strict=True)
+    except ValidationError as error:
+        return complaints(error.errors(), tree)
+    return []
 
 
 def _position(tree: Node, path: KeyPath) -> tuple[str, int, int]:

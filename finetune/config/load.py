@@ -19,6 +19,7 @@ from finetune.config.paths import absolute_paths
 from finetune.config.repair import repaired
 from finetune.config.schema import Config
 from finetune.config.shipped import find_config
+from finetune.config.supposed import complaints_throughout
 from finetune.config.translate import Complaint, complaints
 from finetune.config.tree import KeyPath, Node, dotted
 from finetune.errors import ConfigError, Problem
@@ -75,8 +76,16 @@ def _validate(tree: Node) -> tuple[Config | None, list[Complaint]]:
     try:
         # JSON is pydantic's strict mode for files: "16" is no number, a list is a tuple.
         return Config.model_validate_json(json.dumps(tree.plain()), strict=True), []
+    except ValidationError:
+        return None, complaints_throughout(tree, _refused)
+
+
+def _refused(tree: Node) -> list[Complaint]:
+    try:
+        Config.model_validate_json(json.dumps(tree.plain()), strict=True)
     except ValidationError as error:
-        return None, complaints(error.errors(), tree)
+        return complaints(error.errors(), tree)
+    return []
 
 
 def _findings(tree: Node, config: Config | None, unwanted: Mapping[KeyPath, Problem]) -> Iterator[tuple[KeyPath, Problem]]:

@@ -171,9 +171,9 @@ def inner(shape: Shape | None, key: str | int, value: Plain = None) -> Shape | N
     return None
 
 
-def at(path: KeyPath, value: Plain) -> Shape | None:
-    """The shape at ``path`` of a configuration that holds ``value``."""
-    shape: Shape | None = root()
+def at(path: KeyPath, value: Plain, top: Shape | None = None) -> Shape | None:
+    """The shape at ``path`` of a configuration, or of another tree of the shape ``top``, that holds ``value``."""
+    shape: Shape | None = top or root()
     for key in path:
         shape = inner(shape, key, value)
         value = _step(value, key)

@@ -76,6 +76,54 @@ def test_check_as_json_tells_every_problem_in_its_parts(finetune: Run, tmp_path:
     assert json.loads(finetune("config", "check", "none.yaml", "--json").stdout)["problems"][0]["what"] == "there is no such file"
 
 
+def told(finetune: Run, *arguments: str) -> dict[str, str]:
+    """What is wrong -> what it says to do, of a command that is refused."""
+    run = finetune(*arguments)
+    assert run.returncode == 2, run.stderr
+    return {each.splitlines()[0]: each.rpartition("fix:   ")[2].strip() for each in run.stderr.split("error: ")[1:]}
+
+
+def test_a_misspelt_method_does_not_hide_what_else_is_wrong(finetune: Run, tmp_path: Path):
+    tuning = "tuning: {method: lroa, rnk: 3, alpha: -1, init: {method: loftqq, iteration: 2}}\n"
+    rest = "data: {train: [{source: a.jsonl}]}\noutput: runs/x\nevaluation: {tasks: [{task: los, nme: x}]}\n"
+    (tmp_path / "bad.yaml").write_text("model: {id: a/b}\n" + tuning + rest)
+    found = json.loads(finetune("config", "check", "bad.yaml", "--json").stdout)["problems"]
+    fixes = {problem["what"].partition(" is ")[0]: problem["fix"] for problem in found}
+    assert fixes == {
+        "`tuning.method`": "did you mean `lora`?",
+        "unknown key `rnk` in `tuning`": "did you mean `rank`?",
+        "`tuning.alpha`": fixes["`tuning.alpha`"],
+        "`tuning.init.method`": "did you mean `loftq`?",
+        "unknown key `iteration` in `tuning.init`": "did you mean `iterations`?",
+        "`evaluation.tasks.0.task`": "did you mean `loss`?",
+        "unknown key `nme` in `evaluation.tasks.0`": "did you mean `name`?",
+    }
+
+
+def test_where_no_method_is_near_only_what_is_wrong_with_every_one_is_told(finetune: Run, tmp_path: Path):
+    rest = "data: {train: [{source: a.jsonl}]}\noutput: runs/x\n"
+    (tmp_path / "bad.yaml").write_text("model: {id: a/b}\ntuning: {method: something, rank: 0, dora: true, nonsense: 1}\n" + rest)
+    found = told(finetune, "config", "check", "bad.yaml")
+    assert len(found) == 2, found  # not rank and dora: there are methods that have none
+    assert "unknown key `nonsense` in `tuning`" in found
+
+
+def test_a_misspelt_method_of_a_plan_does_not_hide_what_else_is_wrong(finetune: Run, tmp_path: Path):
+    rest = "adapters: [{pth: a, weight: 2}]\noutput: {kind: modl, dtpe: fp32}\ndensty: 0.2\n"
+    for method, meant in (("method: tis\n", "did you mean `ties`?"), ("metod: ties\n", "did you mean `method` by `metod`?"), ("", "")):
+        (tmp_path / "plan.yaml").write_text(method + rest)
+        found = told(finetune, "combine", "plan.yaml", "-O", "out")
+        first, *others = found.items()
+        assert first[0].startswith("`method` is")
+        assert meant in first[1].replace("\n", " ")
+        assert dict(others) == {
+            "unknown key `pth` in `adapters.0`": "did you mean `path`?",
+            '`output.kind` is "modl"; allowed: `model` or `adapter`': "did you mean `model`?",
+            "unknown key `dtpe` in `output`": "did you mean `dtype`?",
+            "unknown key `densty`": "did you mean `density`?",
+        }
+
+
 def test_check_loads_nothing_heavy(tmp_path: Path, good: Path):
     code = (
         "import sys\n"
