@@ -56,7 +56,7 @@ def _leaf_words(annotation: Any, metadata: Metadata) -> str:
         return " or ".join(_leaf_words(part, metadata) for part in get_args(annotation)).replace("true or false or", "true, false or")
     if annotation in (bool, type(None)):
         return "true or false" if annotation is bool else "null"
-    return {int: "a whole number", float: "a number", str: "text"}.get(annotation, str(annotation)) + _bounds(metadata)
+    return {int: "a whole number", float: "a number", str: "text", Any: "any value"}.get(annotation, str(annotation)) + _bounds(metadata)
 
 
 def _bounds(metadata: Metadata) -> str:

@@ -13,11 +13,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from finetune.config import shape
+from finetune.config.allowed import allowed
 from finetune.config.figure_names import VALIDATION_LOSS, figure_names, general_name, trained_names
 from finetune.config.hints import nearest
 from finetune.config.layers import shown
 from finetune.config.load import Loaded, load_config
 from finetune.config.section import Section
+from finetune.config.translate import in_a_sentence
 from finetune.config.tree import Document, KeyPath, Node, dotted
 from finetune.config.yaml12 import compose, read_text
 from finetune.errors import ConfigError, Problem
@@ -169,7 +172,7 @@ def _loaded(base: Path, found: Sequence[Case]) -> tuple[tuple[Case, Loaded], ...
 def _refused(errors: Sequence[Any], tree: Node) -> Iterator[Problem]:
     strangers = [str(error["loc"][0]) for error in errors if error["type"] == "extra_forbidden"]
     seen = set()
-    for error in errors:
+    for error in sorted(errors, key=lambda one: _line(tree, one["loc"])):
         path: KeyPath = tuple(error["loc"])
         kind, name, node = error["type"], str(path[0]), tree.nearest(path)
         if kind == "missing" and not nearest(name, strangers):
@@ -179,8 +182,15 @@ def _refused(errors: Sequence[Any], tree: Node) -> Iterator[Problem]:
             fix = f"did you mean `{meant}`?" if meant else f"known here: {', '.join(Sweep.model_fields)}"
             yield Problem(f"unknown key `{name}`", str(node.heading), fix, node.heading.excerpt())
         elif kind != "missing" and path not in seen:
-            yield Problem(f"`{dotted(path)}`: {error['msg']}", str(node.at), f"such as `{_EXAMPLES[name]}`", node.at.excerpt())
+            wanted = "a list with at least one entry" if kind == "too_short" else allowed(shape.at(path, tree.plain(), shape.of(Sweep)))
+            what = f"`{dotted(path)}` is {in_a_sentence(node)}; allowed: {wanted}"
+            yield Problem(what, str(node.at), f"such as `{_EXAMPLES[name]}`", node.at.excerpt())
         seen.add(path)
+
+
+def _line(tree: Node, path: KeyPath) -> tuple[int, int]:
+    place = tree.nearest(path).heading
+    return place.line, place.column
 
 
 def _contradictions(sweep: Sweep, tree: Node) -> Iterator[Problem]:

@@ -147,7 +147,7 @@ def _no_member(path: KeyPath, place: Choice, tree: Node) -> Complaint:
     if told is None:
         return Complaint("missing", (*path, place.key), _untold(path, place, node))
     inside = (*path, place.key)
-    what = f"`{dotted(inside)}` is {_shown(told)}; allowed: {_words(place)}"
+    what = f"`{dotted(inside)}` is {in_a_sentence(told)}; allowed: {_words(place)}"
     return Complaint("value", inside, _problem(what, told, hints.for_value(inside, told.plain(), place)))
 
 
@@ -171,7 +171,7 @@ def _wrong_container(path: KeyPath, node: Node, place: Shape | None) -> Problem:
         fix = "indent what belongs under it" + (", or remove the key to get the defaults" if path[0] not in _REQUIRED else "")
         example = _example(path)
         return _problem(f"{name} has nothing under it", node, f"{fix}, such as `{example}`" if example else fix, heading=True)
-    return _problem(f"{name} is {_shown(node)}; it must be {wanted}", node, _container_fix(path, node, place))
+    return _problem(f"{name} is {in_a_sentence(node)}; it must be {wanted}", node, _container_fix(path, node, place))
 
 
 def _container_fix(path: KeyPath, node: Node, place: Shape | None) -> str:
@@ -207,12 +207,12 @@ def _home(text: str, place: Shape | None) -> str:
 
 def _wrong_value(path: KeyPath, node: Node, place: Shape | None) -> Problem:
     if isinstance(place, Items):
-        return _problem(f"`{dotted(path)}` is {_shown(node)}; it needs at least one entry", node, _container_fix(path, node, place))
-    what = f"`{dotted(path)}` is {_shown(node)}; allowed: {allowed(place)}"
+        return _problem(f"`{dotted(path)}` is {in_a_sentence(node)}; it needs at least one entry", node, _container_fix(path, node, place))
+    what = f"`{dotted(path)}` is {in_a_sentence(node)}; allowed: {allowed(place)}"
     return _problem(what, node, hints.for_value(path, node.plain(), place) or hints.from_the_schema(path))
 
 
-def _shown(node: Node) -> str:
+def in_a_sentence(node: Node) -> str:
     """A value in a sentence."""
     content = node.content
     if isinstance(content, dict):

@@ -54,3 +54,24 @@ def test_a_misspelt_figure_is_told_before_anything_is_trained(
     assert "did you mean 'general text: loss'?" in done.err
     assert "sweep.yaml:3:9" in done.err
     assert not (tmp_path / "sweep").exists()
+
+
+def test_what_is_wrong_with_the_file_is_told_in_our_words(tmp_path: Path, finetune: Callable[..., Any]) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "config: 3\noutput: ''\narms: [a]\ngrid: {seed: [], train.epochs: 3}\nevaluate: maybe\ncolumns: general text\nselect:\nmore: 1\n"
+    )
+    done = finetune("sweep", path, "--list", cwd=tmp_path)
+    assert done.code == 2
+    assert done.out == ""
+    assert [line.removeprefix("error: ") for line in done.err.splitlines() if line.startswith("error: ")] == [
+        "`config` is 3; allowed: text that is not empty",
+        "`output` is empty; allowed: text that is not empty",
+        "`arms` is a list; allowed: a mapping, each value a mapping, each value any value",
+        "`grid.seed` is an empty list; allowed: a list with at least one entry",
+        '`grid."train.epochs"` is 3; allowed: a list, each entry any value',
+        '`evaluate` is the text "maybe"; allowed: true or false',
+        '`columns` is the text "general text"; allowed: a list, each entry text',
+        "`select` is null; allowed: text that is not empty",
+        "unknown key `more`",
+    ]
