@@ -48,10 +48,10 @@ def plan(
 
     Needs neither weights nor a GPU nor the network: shapes come from config.json, those of the usual families are known.
     """
-    from finetune.planning.placement import size_of
+    from finetune.cli.gpu_option import gigabytes
 
     loaded = api.load_config(config, override or ())
-    size = None if gpu is None else size_of(gpu)
+    size = None if gpu is None else gigabytes(gpu)
     found = api.plan(loaded.config, gpu=size, devices=devices, tokens_per_second=tokens_per_second)
     if as_json:
         sys.stdout.write(json.dumps(found.as_dict(), indent=2) + "\n")

@@ -20,6 +20,7 @@ from finetune.cli.plan_command import short, show
 from finetune.config.load import load_config
 from finetune.errors import ConfigError
 from finetune.hardware import Machine, survey
+from finetune.planning.gpus import BY_SIZE
 from finetune.planning.length import DataCounts
 from finetune.planning.placement import machine_of_size
 from finetune.planning.plan import Plan, make_plan
@@ -138,7 +139,7 @@ def test_every_refusal_of_a_plan_has_a_fix(call: Run, tmp_path: Path) -> None:
         ([write("nobody/unheard-of")], "hf download nobody/unheard-of config.json"),
         ([write(str(mixture))], "shapes are known of llama"),
         ([write(str(tmp_path / "nothing"))], "fix:"),
-        ([write(known), "--gpu", "23"], "use one of 24"),
+        ([write(known), "--gpu", "23"], "use one of 24 (RTX 4090)"),
         ([write(known), "-o", "tuning.targets=[nonsense_proj]"], "fix:"),
         ([write(known), "-o", "distributed.offload=true", "-o", "distributed.strategy=fsdp", "--devices", "2"], "fix:   remove it"),
         ([tmp_path / "missing.yaml"], "fix:"),
@@ -243,7 +244,18 @@ def test_what_is_no_size_of_gpu_is_refused_with_those_that_are(call: Run, size: 
     done = call("plan", "configs/quickstart.yaml", f"--gpu={size}")
     assert done.code == 2
     assert "no number of gigabytes" in done.err
-    assert "use one of 24, 32" in done.err
+    assert "use one of 24 (RTX 4090), 32 (RTX 5090)" in done.err
+
+
+@pytest.mark.parametrize(
+    ("word", "nearest"),
+    [("H100", "80 (H100), 48"), ("rtx 5090", "32 (RTX 5090), 24"), ("A100-80GB", "80 (H100)"), ("100", "80 (H100), 141 (H200)")],
+)
+def test_the_name_of_a_gpu_is_refused_with_its_size(call: Run, word: str, nearest: str) -> None:
+    done = call("plan", "configs/quickstart.yaml", "--gpu", word)
+    assert done.code == 2
+    assert f"use one of {nearest}" in done.err
+    assert all(f"{size} ({name})" in done.err for size, name in BY_SIZE.items())
 
 
 def test_columns_of_which_nothing_is_known_are_left_out(plan: Callable[..., str]) -> None:
