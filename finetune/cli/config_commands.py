@@ -43,8 +43,11 @@ def check(config: ConfigPath, override: Overrides = None, as_json: Json = False)
             _print_json({"config": str(config), "valid": False, "notes": [], "problems": problems})
         raise
     notes = [*missing_sources(loaded.config), *unusual_rates(loaded.config)]
-    for note in notes:
-        typer.echo(f"note: {note}", err=True)
+    if notes:
+        from finetune.cli import view
+
+        for note in notes:
+            view.note(f"note: {note}")
     if as_json:
         _print_json({"config": str(loaded.path), "valid": True, "notes": notes, "problems": []})
     else:

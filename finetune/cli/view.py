@@ -21,6 +21,7 @@ err = Console(stderr=True, highlight=False)
 _FIRST_PLACES = 3
 _OPTION = r"(?:-o \S+|--devices \d+)"
 _OPTIONS = re.compile(rf"{_OPTION}(?: {_OPTION})*")
+_LABEL = re.compile(r"(note: )?\s*")
 _HELD = "\x1f"
 """Stands for a space at which no line ends, while text is wrapped."""
 
@@ -32,7 +33,8 @@ def show_error(error: FinetuneError) -> None:
         problem = same[0]
         err.print(Text(label, style="bold red") + Text(hanging(problem.what, len(label)), style="bold"), soft_wrap=True)
         if places := _places([one.where for one in same if one.where], "rows" if isinstance(error, DataError) else "places"):
-            err.print(Text(f"  where: {places}"), soft_wrap=True)  # one line, so that a path can be copied
+            # broken between places only, so that each path can be copied
+            err.print(Text("  where: " + (hanging(places, len("  where: ")) if len(same) > 1 else places)), soft_wrap=True)
         for line in problem.excerpt.splitlines():
             err.print(Text(f"    {line}", style="dim"), soft_wrap=True)
         if problem.fix:
@@ -90,8 +92,11 @@ def show_example(heading: str, text: Text, ids: Sequence[int], *, last: bool) ->
 
 
 def note(text: str) -> None:
-    """One line for people, which stays one in a pipe."""
-    err.print(Text(text), soft_wrap=not err.is_terminal)
+    """A sentence for people, which stays one line in a pipe; in a terminal its further lines are indented."""
+    label = _LABEL.match(text)
+    assert label is not None
+    rest = text[label.end() :]
+    err.print(Text(label[0] + hanging(rest, label.end() if label[1] else label.end() + 2)), soft_wrap=True)
 
 
 def path(text: str) -> None:
@@ -164,7 +169,7 @@ def show_results(results: Any) -> None:
     if any(figure.intervals for figure in results.figures):
         out.print(Text(CAPTION, style="dim"), soft_wrap=not out.is_terminal)
     for note in results.notes:
-        out.print(Text(note, style="dim"))
+        out.print(Text(wrapped(note, 2, out.width) if out.is_terminal else note, style="dim"), soft_wrap=True)
     if sentence := results.headline:
         out.print()
         out.print(sentence)

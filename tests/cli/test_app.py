@@ -111,3 +111,22 @@ def test_an_error_in_a_terminal_keeps_its_indent(tmp_path: Path, terminal: Calla
     assert lines[1] == "  where: nothing.yaml"
     assert lines[2].startswith("  fix:   ")
     assert all(line.startswith("         ") for line in lines[3:])
+
+
+def test_notes_and_errors_break_between_words_in_a_terminal_and_nowhere_in_a_pipe(
+    tmp_path: Path, terminal: Callable[..., list[str]], finetune: Run
+) -> None:
+    path = tmp_path / "one.yaml"
+    settings = "model: {id: a/b}\ntuning: {method: full}\noptimizer: {learning_rate: 0.001}\noutput: runs/x\n"
+    path.write_text(settings + f"data: {{train: [{{source: {'folder/' * 9}rows.jsonl}}]}}\n")
+    lines = [line for line in terminal(["config", "check", path.name], 80, tmp_path) if line]
+    notes = [place for place, line in enumerate(lines) if line.startswith("note: ")]
+    assert len(notes) == 2, lines
+    assert lines[-1] == "one.yaml: valid"
+    piped = [line for line in finetune("config", "check", path.name, cwd=tmp_path).err.splitlines() if line.startswith("note: ")]
+    assert len(piped) == 2
+    rate = lines[notes[1] : -1]
+    assert len(rate) > 1
+    assert all(line.startswith(" " * 6) for line in rate[1:]), rate
+    assert " ".join(line.strip() for line in rate) == piped[1]
+    assert piped[0].replace(" ", "") == "".join(lines[: notes[1]]).replace(" ", "")

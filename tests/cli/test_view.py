@@ -82,3 +82,22 @@ def test_options_stay_on_one_line_where_text_is_wrapped() -> None:
         "one two three four five six seven eight",
         "  nine ten",
     ]
+
+
+def test_what_is_said_in_a_terminal_has_whole_words_and_an_indent(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(view, "err", Console(file=stream, width=60, force_terminal=True, color_system=None))
+    path = f"/{'folder/' * 12}rows.jsonl"
+    view.note(f"note: {path} does not exist yet, and nothing else is known of what will be in it")
+    view.note("  tried bf16: it keeps no more than ninety percent of what was learned")
+    view.show_error(ConfigError.from_problems([Problem("wrong", f"/{'folder/' * 6}{name}.yaml:1") for name in "abc"]))
+    assert stream.getvalue().splitlines() == [
+        "note: " + path,
+        "      does not exist yet, and nothing else is known of what",
+        "      will be in it",
+        "  tried bf16: it keeps no more than ninety percent of what",
+        "    was learned",
+        "error: wrong",
+        "  where: 3 places,",
+        *(f"         /{'folder/' * 6}{name}.yaml:1{',' if name != 'c' else ''}" for name in "abc"),
+    ]
