@@ -203,8 +203,9 @@ class Train(Section):
     """Compute type. Trainable weights and optimizer states stay in `trainable_dtype`."""
     trainable_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of trainable weights and of the optimizer's states. bf16 halves them, and loses updates under half a step of the bf16 grid."""
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass: a third slower, far less memory. `auto`: on for GPUs, off on CPU."""
+    gradient_checkpointing: bool | Literal["auto", "offload"] = "auto"
+    """Recompute activations in the backward pass: a third slower, far less memory. `offload`: what is kept for that, the input of every
+    block, waits in the host's memory instead of the GPU's. `auto`: on for GPUs, offloaded where nothing else fits; off on CPU."""
     kernels: Literal["auto", "plain"] = "auto"
     """`auto`: examples laid end to end without padding, and LoRA's arithmetic in one function, wherever a probe of the model finds them
     exact. `plain`: padded batches and the libraries' own arithmetic."""

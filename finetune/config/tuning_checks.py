@@ -134,7 +134,7 @@ def needs_bf16(config: Config) -> str | None:
 
 def prefix(config: Config) -> Iterator[Finding]:
     """Keys and values that are handed to each layer, which a layer that is computed again would not get."""
-    if isinstance(config.tuning, Prefix) and config.train.gradient_checkpointing is True:
+    if isinstance(config.tuning, Prefix) and config.train.gradient_checkpointing in (True, "offload"):
         what = "prefix tuning hands keys and values to each layer, which gradient checkpointing would lose"
         fix = "set `gradient_checkpointing: false` (or `auto`), or `tuning: {method: prompt}`"
         yield Finding(what, fix, ("train", "gradient_checkpointing"), ("tuning", "method"))

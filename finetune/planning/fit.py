@@ -18,7 +18,7 @@ from finetune.planning.shapes import ModelShape
 _LEAST_RANK = 4
 _MOST_DEVICES = 8
 # What ways cost, where halving the micro-batch costs 1: what takes time alone comes to 18 at most, and goes before all else.
-_CHECKPOINTING, _NARROW_STATES = 2.5, 3.5
+_CHECKPOINTING, _OFFLOADED, _NARROW_STATES = 2.5, 3.0, 3.5
 _RANK, _NARROW_BASE = 20.0, 25.0
 _DEVICES, _OFFLOAD = 75.0, 12.5
 _NARROW_TRAINED = 1000.0
@@ -148,9 +148,15 @@ def _stated_tokens(config: Config, setting: Setting, decided: Setting) -> tuple[
 
 
 def _checkpointing(config: Config, setting: Setting) -> Iterator[_Option]:
-    if not setting.checkpointing and not isinstance(config.tuning, Prefix):
-        cost = "activations are computed again: the same result, a third slower"
-        yield _Option(_CHECKPOINTING, cost, ("train.gradient_checkpointing=true",), {"checkpointing": True})
+    if isinstance(config.tuning, Prefix):
+        return
+    again = "activations are computed again: the same result, a third slower"
+    if not setting.checkpointing:
+        yield _Option(_CHECKPOINTING, again, ("train.gradient_checkpointing=true",), {"checkpointing": True})
+    if not setting.offload and setting.kind == "cuda":
+        cost = ("" if setting.checkpointing else f"{again}; ") + "hidden states wait in host memory: the same result, slower"
+        override = ("train.gradient_checkpointing=offload",)
+        yield _Option(_OFFLOADED, cost, override, {"checkpointing": True, "offload": True})
 
 
 def _optimizers(setting: Setting) -> Iterator[_Option]:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from finetune.config.schema import Config, EightBit, FourBit, Full, Lora, NoQuantization, SpectrumTargets
 from finetune.planning.activations import CAPPED, Arithmetic, arithmetic, kept, outside, probabilities, work
+from finetune.planning.offload import host_bytes
 from finetune.planning.parameters import Parameters
-from finetune.planning.resolve import Precision, Resolved
 from finetune.planning.shapes import ModelShape
 from finetune.planning.states import BYTES, state_bytes
+
+if TYPE_CHECKING:
+    from finetune.planning.resolve import Precision, Resolved
 
 _FP32 = 4
 _BLOCK, _OUTER_BLOCK = 64, 256
@@ -76,6 +79,8 @@ class Setting:
     """Of a process on a CPU: its cores share a step, each with micro-batches of its own."""
     example_tokens: int = 512
     """Length of an example; all are taken to have it. A CPU keeps the attention of short ones."""
+    offload: bool = False
+    """With checkpointing: hidden states wait in host memory."""
 
 
 def setting_of(resolved: Resolved, kind: Literal["cpu", "cuda"], *, world: int = 1, threads: int = 1, example_tokens: int = 512) -> Setting:
@@ -85,12 +90,13 @@ def setting_of(resolved: Resolved, kind: Literal["cpu", "cuda"], *, world: int =
         precision=resolved.precision.value,
         compute_dtype=resolved.compute_dtype.value,
         tokens=resolved.tokens_per_device.value,
-        checkpointing=resolved.gradient_checkpointing.value,
+        checkpointing=bool(resolved.gradient_checkpointing.value),
         optimizer=resolved.optimizer.value,
         strategy=resolved.strategy.value,
         world=world,
         threads=threads,
         example_tokens=example_tokens,
+        offload=resolved.gradient_checkpointing.value == "offload",
     )
 
 
@@ -105,6 +111,8 @@ class Memory:
     pages: int = 0
     """Of the total: pages of files, which the system may take back and read again. Libraries and a base that is computed with as it lies in
     its file are among them: a run that has to read those again in every step crawls, and so they count as needed."""
+    host: int = 0
+    """Beside the total: host memory that a GPU's hidden states wait in."""
 
     @property
     def total(self) -> int:
@@ -146,7 +154,8 @@ def estimate_memory(shape: ModelShape, parameters: Parameters, config: Config, s
         pages = found["mapped"] + views + _LIBRARIES
     parts = {name: math.ceil(found[name]) for name in PARTS}
     paged = setting.kind == "cuda" and setting.optimizer.startswith("paged")
-    return Memory(parts, spillable=parts["optimizer"] if paged else 0, pages=math.floor(pages))
+    host = host_bytes(shape, setting.tokens, how.stream) if setting.offload else 0
+    return Memory(parts, spillable=parts["optimizer"] if paged else 0, pages=math.floor(pages), host=host)
 
 
 def floor_memory(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting) -> Memory:
@@ -258,7 +267,8 @@ def _passing(shape: ModelShape, parameters: Parameters, config: Config, setting:
     # what trains, in the type of products: autocast makes a copy, which the graph keeps
     copies = 0 if how.own_layers or how.product == BYTES[config.train.trainable_dtype] else parameters.trainable * how.product
     if setting.checkpointing:
-        activations += shape.layers * (shape.hidden * how.stream * setting.tokens - block)
+        waiting = 0 if setting.offload else shape.hidden * how.stream * setting.tokens  # one block's are back at a time, in what it keeps
+        activations += shape.layers * (waiting - block)
         inside += block - copies  # nothing keeps them when the first block is computed again
     if setting.kind == "cuda":  # the last logits are gone before the first block's gradient is begun, and their memory is taken again
         inside = max(0.0, inside - logits)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.config.schema import Config
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, HardwareError
 from finetune.hardware import Machine
+from finetune.planning.checkpointing import Sizes
 from finetune.planning.fit import fits
 from finetune.planning.gpus import BY_SIZE, Gpu, gpu_of
 from finetune.planning.length import DataCounts
@@ -116,6 +117,7 @@ class Placement:
             "memory_bytes": self.machine.memory_bytes,
             "needs_bytes": self.needs,
             "floor_bytes": self.least,
+            "host_bytes": self.memory.host,
             "fits": self.fits,
             "tokens_per_device": self.setting.tokens,
             "strategy": self.setting.strategy,
@@ -143,11 +145,15 @@ def machine_of_size(gigabytes: int, devices: int = 1) -> Machine:
 
 
 def place(subject: Subject, machine: Machine) -> Placement:
-    """Decide what is open for ``machine``, and estimate. ConfigError where the configuration asks for what such a machine lacks."""
+    """Decide what is open for ``machine``, and estimate.
+
+    ConfigError or HardwareError where the configuration asks for what such a machine lacks.
+    """
     shape, config = subject.shape, subject.config
     copies = subject.crowd.on_this_machine if machine.kind == "cpu" else 1
     crowd = replace(subject.crowd, weights=Weights(shape.blocks_scalars, shape.other_scalars))
-    resolved = subject.resolved or resolve(config, machine, crowd)
+    resolved = subject.resolved or resolve(config, machine, crowd, Sizes(shape, subject.parameters, subject.longest))
+    require_gpu_to_offload(resolved, machine.kind)
     threads = max(1, _cores(machine) // copies) if machine.kind == "cpu" else 1
     setting = setting_of(resolved, machine.kind, world=subject.world, threads=threads, example_tokens=subject.example_tokens)
     is_open = subject.resolved is None and config.train.tokens_per_device == "auto"
@@ -163,7 +169,28 @@ def place(subject: Subject, machine: Machine) -> Placement:
     memory = estimate_memory(shape, subject.parameters, config, setting)
     if is_open and not fits(memory, machine.memory_bytes // copies):
         resolved = replace(resolved, tokens_per_device=Choice(limit, "one example of data.max_tokens must fit"))
-    return Placement(machine, resolved, setting, memory, floor_memory(shape, subject.parameters, config, setting), copies)
+    return Placement(
+        machine, _with_host(resolved, memory), setting, memory, floor_memory(shape, subject.parameters, config, setting), copies
+    )
+
+
+def require_gpu_to_offload(resolved: Resolved, kind: str) -> None:
+    """HardwareError for hidden states that are to leave a device of another ``kind`` than `cuda`."""
+    if resolved.gradient_checkpointing.value == "offload" and kind != "cuda":
+        raise HardwareError(
+            "`offload` moves activations from the memory of a GPU to that of its host, and there is no GPU here",
+            where="train.gradient_checkpointing",
+            fix="set it to auto (off on a CPU) or true; finetune plan CONFIG --gpu 48 plans for a GPU",
+        )
+
+
+def _with_host(resolved: Resolved, memory: Memory) -> Resolved:
+    """``resolved``, which says how much host memory hidden states take."""
+    if not memory.host:
+        return resolved
+    choice = resolved.gradient_checkpointing
+    reason = f"offload, {memory.host / 2**30:.1f} GiB of host memory; {choice.reason}"
+    return replace(resolved, gradient_checkpointing=replace(choice, reason=reason))
 
 
 def _cores(machine: Machine) -> int:

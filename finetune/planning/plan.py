@@ -146,7 +146,8 @@ def needed_after(change: Change, placement: Placement) -> str:
     memory = change.memory
     needs = memory.total * placement.copies
     tight = memory.spillable and needs > (1 - MARGIN) * placement.machine.memory_bytes
-    return f"{_gib(needs)} of a device" + (f", of which {_gib(memory.spillable)} may spill to host memory" if tight else "")
+    waiting = f", and {_gib(memory.host)} of host memory" if memory.host else ""
+    return f"{_gib(needs)} of a device" + (f", of which {_gib(memory.spillable)} may spill to host memory" if tight else "") + waiting
 
 
 def options_of(change: Change, placement: Placement) -> str:
@@ -212,6 +213,7 @@ def _change(change: Change | None) -> dict[str, Any] | None:
         "overrides": list(change.overrides),
         "devices": change.devices,
         "memory_bytes": change.memory.total,
+        "host_bytes": change.memory.host,
         "costs": list(change.costs),
     }
 

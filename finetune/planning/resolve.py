@@ -7,10 +7,13 @@ from typing import Any, Generic, Literal, TypeVar
 
 from finetune.config.schema import Config, FourBit, Prefix
 from finetune.hardware import Machine
+from finetune.planning.checkpointing import Sizes, needs_offload, sizes_of
+from finetune.planning.memory import setting_of
 from finetune.planning.strategy import Crowd, choose_strategy
 
 T = TypeVar("T")
 Precision = Literal["bf16", "fp32"]
+Checkpointing = bool | Literal["offload"]
 
 _BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
 _CPU_MICRO_BATCH_TOKENS = 1024
@@ -33,7 +36,7 @@ class Resolved:
     compute_dtype: Choice[Precision]
     """Type that a quantized base is dequantized to."""
     tokens_per_device: Choice[int]
-    gradient_checkpointing: Choice[bool]
+    gradient_checkpointing: Choice[Checkpointing]
     strategy: Choice[str]
     optimizer: Choice[str]
     """`optimizer.method`, never `auto`."""
@@ -56,18 +59,25 @@ class Resolved:
         return asdict(self)
 
 
-def resolve(config: Config, machine: Machine, crowd: Crowd | None = None) -> Resolved:
-    """Decide every "auto" of ``config`` for ``machine``, which trains alone or in ``crowd``."""
+def resolve(config: Config, machine: Machine, crowd: Crowd | None = None, sizes: Sizes | None = None) -> Resolved:
+    """Decide every "auto" of ``config`` for ``machine``, which trains alone or in ``crowd``.
+
+    ``sizes``: of the model and the data; without them, examples are taken to be as long as `data.max_tokens` lets them be.
+    """
+    crowd = crowd or Crowd()
     precision = _precision(config, machine)
     compute_dtype = _compute_dtype(config, precision)
-    return Resolved(
+    resolved = Resolved(
         precision=precision,
         compute_dtype=compute_dtype,
         tokens_per_device=_tokens(config, machine),
         gradient_checkpointing=_checkpointing(config, machine),
-        strategy=Choice(*choose_strategy(config, machine, _BYTES[compute_dtype.value], crowd or Crowd())),
+        strategy=Choice(*choose_strategy(config, machine, _BYTES[compute_dtype.value], crowd)),
         optimizer=_optimizer(config, machine),
     )
+    if config.train.gradient_checkpointing == "auto" and machine.kind == "cuda" and resolved.gradient_checkpointing.value:
+        return _offloaded(resolved, config, machine, crowd.world, sizes or sizes_of(config))
+    return resolved
 
 
 def _precision(config: Config, machine: Machine) -> Choice[Precision]:
@@ -101,7 +111,7 @@ def _optimizer(config: Config, machine: Machine) -> Choice[str]:
     return Choice("adamw", "host memory is plentiful, and 32-bit states are exact")
 
 
-def _checkpointing(config: Config, machine: Machine) -> Choice[bool]:
+def _checkpointing(config: Config, machine: Machine) -> Choice[Checkpointing]:
     if config.train.gradient_checkpointing != "auto":
         return Choice(config.train.gradient_checkpointing, "stated in train.gradient_checkpointing")
     if isinstance(config.tuning, Prefix):
@@ -109,3 +119,16 @@ def _checkpointing(config: Config, machine: Machine) -> Choice[bool]:
     if machine.kind == "cuda":
         return Choice(True, "GPU memory is the usual limit; recomputing costs about a third more time")
     return Choice(False, "host memory is plentiful, and recomputing costs about 40 % more time on a CPU")
+
+
+def _offloaded(resolved: Resolved, config: Config, machine: Machine, world: int, sizes: Sizes | None) -> Resolved:
+    """``resolved`` with hidden states in host memory, where a GPU holds the run in no other way."""
+    if sizes is None:
+        return resolved
+    setting = setting_of(resolved, machine.kind, world=world, example_tokens=sizes.longest)
+    measured = config.train.tokens_per_device == "auto" and setting.strategy == "ddp"  # down to one example, if need be
+    setting = replace(setting, tokens=sizes.longest if measured else setting.tokens)
+    if not needs_offload(config, sizes, setting, machine.memory_bytes):
+        return resolved
+    held = f"{machine.memory_bytes / 2**30:.0f} GiB hold {'one example' if measured else 'a micro-batch'} in no other way"
+    return replace(resolved, gradient_checkpointing=Choice("offload", f"{held}: hidden states wait in host memory"))

@@ -15,6 +15,7 @@ from finetune.config.tuning_checks import needs_bf16
 from finetune.data.batches import collate, cut
 from finetune.data.render import Example
 from finetune.errors import ConfigError
+from finetune.hardware import available_memory, crowd_size
 from finetune.model.adapters import attach, name_base
 from finetune.model.builtin import public_name
 from finetune.model.computed_start import StartReport
@@ -24,12 +25,17 @@ from finetune.model.heap import freed_at_once, return_freed_memory
 from finetune.model.load import DTYPES, load_base, storage_dtype
 from finetune.model.loftq import Quantizer, apply_loftq, restore_base
 from finetune.model.methods import Given
+from finetune.model.offload import PinnedMemory, checkpoint_blocks
 from finetune.model.packed import require_agreement
 from finetune.model.pissa import apply_moved, restore_moved
 from finetune.model.spectrum import ratios_for
 from finetune.model.tokens import enlarge
+from finetune.planning.placement import require_gpu_to_offload
 from finetune.planning.resolve import Resolved
 from finetune.scoring import Scorer
+
+_HOST_SHARE = 0.8
+"""Of the host memory that is free once the model is built, for hidden states that wait there; paged states may take the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +76,13 @@ class Built:
 
 
 def build_model(config: Config, materials: Materials, device: torch.device, resumed: Path | None = None) -> Built:
-    """Load the base of ``config`` onto ``device`` and make it trainable; seed first. ConfigError where the method does not fit it.
+    """Load the base of ``config`` onto ``device`` and make it trainable; seed first. ConfigError where the method does not fit it,
+    HardwareError where it is to move activations off a GPU and there is none.
 
     ``resumed`` is the run directory whose base is to be rebuilt instead of initialized anew.
     """
     base, resolved = materials.base, materials.resolved
+    require_gpu_to_offload(resolved, "cuda" if torch.cuda.is_available() else "cpu")
     _require_types(config, resolved)
     dtype = storage_dtype(config.quantization, resolved)
     require_agreement(base, config.quantization, config.tuning)
@@ -87,8 +95,7 @@ def build_model(config: Config, materials: Materials, device: torch.device, resu
     model = attach(plain, config.tuning, given)
     # what others load the adapter onto; a path of this machine would mean nothing to them
     name_base(model, public_name(config.model.id))
-    if resolved.gradient_checkpointing.value:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _set_checkpointing(model, resolved)
     # a model that will be spread over devices is on the host until then
     fast = accelerate(model, config.tuning, pack=resolved.strategy.value != "fsdp") if config.train.kernels == "auto" else None
     if on_host:
@@ -100,6 +107,15 @@ def build_model(config: Config, materials: Materials, device: torch.device, resu
         _restore(model, config, materials, resumed)
         return Built(model, None, method, fast)
     return Built(model, _start(model, config, materials, device), method, fast)
+
+
+def _set_checkpointing(model: Any, resolved: Resolved) -> None:
+    match resolved.gradient_checkpointing.value:
+        case "offload":
+            _, processes = crowd_size()
+            checkpoint_blocks(model, PinnedMemory(int(_HOST_SHARE * available_memory() / processes)))
+        case True:
+            checkpoint_blocks(model)
 
 
 def _require_types(config: Config, resolved: Resolved) -> None:

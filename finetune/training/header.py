@@ -9,9 +9,12 @@ import torch
 from finetune.config.schema import Config
 from finetune.hardware import host_memory
 from finetune.model.adapters import count_parameters, trainable
+from finetune.planning.resolve import Checkpointing
 from finetune.training.build import Built
 from finetune.training.metrics import Started
 from finetune.training.records import Parts, Start
+
+_WORDS: dict[Checkpointing, str] = {True: "on", False: "off", "offload": "on, offloaded to host memory"}
 
 
 def _kernels(built: Built) -> tuple[str, str]:
@@ -39,7 +42,7 @@ def started(config: Config, parts: Parts, accelerator: Any, start: Start) -> Sta
             "tokens a micro-batch": (str(resolved.tokens_per_device.value), resolved.tokens_per_device.reason),
             **({"strategy": (resolved.strategy.value, resolved.strategy.reason)} if accelerator.num_processes > 1 else {}),
             **({"optimizer": (resolved.optimizer.value, resolved.optimizer.reason)} if config.optimizer.method == "auto" else {}),
-            "gradient checkpointing": ("on" if resolved.gradient_checkpointing.value else "off", resolved.gradient_checkpointing.reason),
+            "gradient checkpointing": (_WORDS[resolved.gradient_checkpointing.value], resolved.gradient_checkpointing.reason),
             "kernels": _kernels(parts.built),
         },
         notes=(*start.notes, *parts.built.notes),
