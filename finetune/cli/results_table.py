@@ -11,7 +11,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-CAPTION = "± is half of the 95 % interval; a change is called better or worse only where its interval excludes zero and p < 0.05"
+from finetune.reporting.wording import places_that_tell
+
+CAPTION = (
+    "± is half of the 95 % interval, ≤ and ≥ are one end of it; "
+    "a change is called better or worse only where its interval excludes zero and p < 0.05"
+)
 _GOOD = {"better": "green", "worse": "red"}
 _NOTHING = "no difference"
 _CHANGE = ("change", "verdict")
@@ -85,7 +90,8 @@ def _said(change: Any) -> tuple[Text, Text]:
     word = change.verdict if change.verdict in {*_GOOD, "higher", "lower"} else _NOTHING
     style = _GOOD.get(word, "dim" if word == _NOTHING else "")
     interval = None if change.low is None else (change.low, change.high)
-    return Text(value(change.difference, interval, sign="+"), style=style), Text(word, style=style)
+    shown = value(change.difference, interval, sign="+") if word == _NOTHING else told_apart(change.difference, interval)
+    return Text(shown, style=style), Text(word, style=style)
 
 
 def value(number: float, interval: tuple[float, float] | None, sign: str = "") -> str:
@@ -93,11 +99,31 @@ def value(number: float, interval: tuple[float, float] | None, sign: str = "") -
     if interval is None:
         return f"{number:{sign}.3f}"
     low, high = interval
-    places = 3 if high - low < 0.2 else 2 if high - low < 20 else 1
+    places = _places(interval)
     if number in interval and low < high:
         mark, end = ("≤", high) if number == low else ("≥", low)
         return f"{number:{sign}.{places}f} {mark}{end:.{places}f}"
     return f"{number:{sign}.{places}f} ±{(high - low) / 2:.{places}f}"
+
+
+def told_apart(change: float, interval: tuple[float, float] | None) -> str:
+    """A change that is told from zero, so that this is seen: not `+0.001 ±0.001`, but as many digits as it takes, and where the interval
+    reaches further to the other side than to zero, its end at zero."""
+    if interval is None or interval[0] * interval[1] <= 0 or change in interval:
+        return value(change, interval, sign="+")
+    half = (interval[1] - interval[0]) / 2
+    for places in (_places(interval), _places(interval) + 1):
+        if round(abs(change), places) > round(half, places):
+            return f"{change:+.{places}f} ±{half:.{places}f}"
+    places = places_that_tell(*interval, _places(interval))
+    mark, end = ("≥", interval[0]) if change > 0 else ("≤", interval[1])
+    return f"{change:+.{places}f} {mark}{end:.{places}f}"
+
+
+def _places(interval: tuple[float, float]) -> int:
+    """Decimals that an interval leaves sure."""
+    width = interval[1] - interval[0]
+    return 3 if width < 0.2 else 2 if width < 20 else 1
 
 
 def _add_headlines(table: Table, results: Any, columns: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.reporting.record import Record, Row
-from finetune.reporting.wording import NOTHING, duration, gibibytes, moment, number, percent, setting
+from finetune.reporting.wording import NOTHING, duration, gibibytes, moment, number, percent, places_that_tell, setting
 
 _WARMING = 2
 """Steps left out of the usual throughput where there are more than twice as many: the first ones compile kernels and read the weights."""
@@ -221,8 +221,11 @@ def _cell(figure: Row, system: str) -> Cell:
 
 
 def _worded(change: Row) -> str:
-    sure = f" ({change['low']:+.3f} to {change['high']:+.3f})" if change.get("low") is not None else ""
-    return f"{change['difference']:+.3f}{sure}"
+    if change.get("low") is None:
+        return f"{change['difference']:+.3f}"
+    places = places_that_tell(change["low"], change["high"])
+    difference, low, high = (f"{change[part]:+.{places}f}" for part in ("difference", "low", "high"))
+    return f"{difference} ({low} to {high})"
 
 
 def _fixed(value: float | None) -> str:

@@ -20,6 +20,14 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{float(shown):,.0f}" if abs(value) >= 10**digits else shown
 
 
+def places_that_tell(low: float, high: float, least: int = 3) -> int:
+    """Decimals, ``least`` or more, at which an interval without zero is seen to leave it out."""
+    near, places = min(abs(low), abs(high)), least
+    while low * high > 0 and round(near, places) == 0:
+        places += 1
+    return places
+
+
 def figure(value: float | str) -> str:
     """A figure of a finding: text as it is, numbers with four significant digits."""
     return value if isinstance(value, str) else number(value, 4)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from finetune.cli.results_table import results_table, value
+from finetune.cli.results_table import results_table, told_apart, value
 from finetune.evaluation.results import Change, Figure, Headline, Results, read_results
 from finetune.runs import RunDirectory
 
@@ -158,3 +158,28 @@ def test_the_sentence_tells_style_from_what_was_bound() -> None:
     assert sentence is not None
     assert "-0.50 is style, -2.50 goes beyond it." in sentence
     assert "an answer gained +0.80 nats a token (95 % interval +0.30 to +1.20; better)" in sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "interval", "shown"),
+    [
+        (0.00133, (0.0001, 0.0025), "+0.0013 ±0.0012"),  # not +0.001 ±0.001, which would not tell it from zero
+        (-0.0048, (-0.009, -0.0004), "-0.005 ±0.004"),
+        (0.5, (0.02, 1.5), "+0.50 ≥0.02"),  # reaches further up than down: half of it is more than the change
+        (-0.5, (-1.5, -0.0003), "-0.5000 ≤-0.0003"),
+        (-2.83, (-3.2, -2.4), "-2.83 ±0.40"),
+        (0.25, None, "+0.250"),
+    ],
+)
+def test_a_change_that_is_called_better_or_worse_is_seen_to_be_more_than_its_uncertainty(
+    change: float, interval: tuple[float, float] | None, shown: str
+) -> None:
+    assert told_apart(change, interval) == shown
+    found = _results()
+    said = Change(change, *(interval or (None, None)), 0.01, "worse")
+    (line,) = [
+        line
+        for line in _lines(replace(found, figures=tuple(replace(one, changes={"tuned": said}) for one in found.figures[:1]), headlines=()))
+        if "worse" in line
+    ]
+    assert f"{shown} worse" in " ".join(line.split())

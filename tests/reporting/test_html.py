@@ -198,6 +198,15 @@ def test_a_second_trained_model_is_shown_against_the_first(make_run: Make) -> No
     assert text.count("against the first trained: +0.125 (+0.062 to +0.188); worse") == 1
 
 
+def test_a_change_that_is_told_from_zero_is_seen_to_be(make_run: Make) -> None:
+    run = make_run()
+    results: dict[str, Any] = json.loads((run.evaluations / "results.json").read_text())
+    one = results["figures"][0]
+    one["changes"] = {"tuned": {"difference": 0.0013, "low": 0.0001, "high": 0.0025, "p": 0.01, "verdict": "worse"}}
+    (run.evaluations / "results.json").write_text(json.dumps(results))
+    assert "+0.0013 (+0.0001 to +0.0025)" in " ".join(parsed(run).text.split())  # not +0.000 to +0.003
+
+
 def test_several_runs_are_compared(make_run: Make, tmp_path: Path) -> None:
     runs = [make_run("slow", rate=0.1), make_run("fast", steps=4, rate=0.2)]
     page = Parsed(write_report(runs, tmp_path / "both.html").read_text())
