@@ -128,7 +128,7 @@ class EvaluationSettings(TypedDict, total=False):
     """Of the results, which are kept in `eval/NAME.json` of the first run, or of the working directory."""
     progress: Callable[[str, str, int], None]
     notice: Callable[[str], None]
-    """Told, before anything is measured, which earlier results will be replaced."""
+    """Told which earlier results will be replaced, once the first items were measured: what cannot be measured replaces nothing."""
 
 
 def evaluate(
@@ -138,12 +138,18 @@ def evaluate(
     from finetune.evaluation.request import evaluation_request
 
     request = evaluation_request([target, *others], overrides, further.get("settings"), base=further.get("base"), name=further.get("name"))
-    if request.replaces is not None and (notice := further.get("notice")):
-        notice(request.replaces)
+    progress, notice = further.get("progress"), further.get("notice")
+    pending = [request.replaces] if request.replaces and notice else []
     _prepare_process()
     from finetune.evaluation.evaluate import evaluate as measure
 
-    return measure(request, further.get("progress", lambda *_: None))
+    def advance(task: str, system: str, count: int) -> None:
+        if pending and notice:
+            notice(pending.pop())
+        if progress:
+            progress(task, system, count)
+
+    return measure(request, advance)
 
 
 class MergeSettings(TypedDict, total=False):

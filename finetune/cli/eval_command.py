@@ -55,7 +55,7 @@ def evaluate(
             base=base,
             name=name,
             progress=lambda task, system, count: advance(f"{task}, {system}", count),
-            notice=view.path,
+            notice=view.note,
         )
     kept = results.record["kept"]
     run = Path(kept).parents[1]

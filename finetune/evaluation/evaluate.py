@@ -72,7 +72,7 @@ def evaluate(request: Request, progress: Progress = lambda *_: None) -> Results:
     trained = [BASE] if any(target.kind != "model" for target in request.targets) else []
     require_apart([*trained, *columns.values()])
     tasks, materials, notes = _prepared(request)
-    work = _Work(tasks, materials, request.settings, progress)
+    work = _Work(tasks, materials, _identities(tasks), request.settings, progress)
     for target in request.targets:
         if target.kind == "model":
             model_directory(target)  # a mistyped one is told before the first model is measured
@@ -124,6 +124,12 @@ def _prepared(request: Request) -> tuple[dict[str, Task], Materials, list[str]]:
     return tasks, materials, notes
 
 
+def _identities(tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """What the rows of each task are; DataError for a file that is not there, before the first model is loaded."""
+    with_data = (LossTask, GenerateTask, ChoicesTask)
+    return {name: identity(task.data) for name, task in tasks.items() if isinstance(task, with_data) and task.data}
+
+
 # --- measuring -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +139,8 @@ class _Work:
 
     tasks: Mapping[str, Task]
     materials: Materials
+    data: Mapping[str, Any]
+    """Task name -> what its rows are, where it has rows of its own."""
     settings: Evaluation
     progress: Progress
 
@@ -250,9 +258,7 @@ def _joined(name: str, task: Task, measured: Mapping[str, Measurement], bases: M
 
 def _record(request: Request, work: _Work, systems: dict[str, Any]) -> dict[str, Any]:
     """All that is needed to measure the same again."""
-    tasks, with_data = work.tasks.items(), (LossTask, GenerateTask, ChoicesTask)
-    data = {name: identity(task.data) for name, task in tasks if isinstance(task, with_data) and task.data}
-    asked = {name: knowledge.digests(work.materials.facts, task) for name, task in tasks if isinstance(task, KnowledgeTask)}
+    asked = {name: knowledge.digests(work.materials.facts, task) for name, task in work.tasks.items() if isinstance(task, KnowledgeTask)}
     return {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "targets": [target.word for target in request.targets],
@@ -260,7 +266,7 @@ def _record(request: Request, work: _Work, systems: dict[str, Any]) -> dict[str,
         "base": request.base,
         "systems": systems,
         "evaluation": request.settings.model_dump(mode="json"),
-        "data": data,
+        "data": dict(work.data),
         "questions": asked,
         "validation": work.materials.record,
         **environment(),

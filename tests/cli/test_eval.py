@@ -24,6 +24,16 @@ def test_models_are_measured_where_no_run_is(finetune: Run, tiny_model_dir: Path
     assert "replaced" not in done.err
     again = finetune("eval", tiny_model_dir, "--config", tmp_path / "own.yaml", cwd=tmp_path)
     assert re.search(r"eval/own\.json of \d{4}-\d\d-\d\d \d\d:\d\d will be replaced; --name OTHER keeps both", again.err)
+    kept = (tmp_path / "eval" / "own.json").read_text()
+    (tmp_path / "rows.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    refused = finetune("eval", tiny_model_dir, "--config", tmp_path / "own.yaml", cwd=tmp_path)
+    assert refused.code == 3
+    assert "replaced" not in refused.err  # what is refused replaces nothing
+    (tmp_path / "rows.jsonl").write_text('{"question": "Which?"}\n')
+    refused = finetune("eval", tiny_model_dir, "--config", tmp_path / "own.yaml", cwd=tmp_path)
+    assert refused.code == 3
+    assert "replaced" not in refused.err
+    assert (tmp_path / "eval" / "own.json").read_text() == kept
     shown = finetune("eval", tiny_model_dir, "-o", "evaluation.tasks=[{task: forgetting}]", cwd=tmp_path, COLUMNS="80")
     assert shown.code == 0, shown.err
     assert str(Path("eval") / f"{tiny_model_dir.name}.json") in shown.err
