@@ -5,6 +5,7 @@ from __future__ import annotations
 import os.path
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from finetune.config.tree import KeyPath, Node, replace_at
 
@@ -13,11 +14,22 @@ def absolute_paths(tree: Node) -> Node:
     """The tree with absolute data sources, task files and model directory; the place of each value stays."""
     for path in _path_values(tree):
         node = tree.find(path)
-        if node and isinstance(node.content, str) and is_path(path, node.content):
-            directory = node.at.document.directory
+        if node and isinstance(node.content, str) and (directory := _start(path, node.content, node.at.document.directory)):
             absolute = os.path.normpath(directory / os.path.expanduser(node.content))  # noqa: PTH111 - only ~, and only at the start
             tree = replace_at(tree, path, replace(node, content=absolute))
     return tree
+
+
+def _start(path: KeyPath, value: str, directory: Path) -> Path | None:
+    """Where the path ``value`` starts, in a document of ``directory``; None for what is no path.
+
+    What looks like a hub id and is a model in the working directory is that model for every library: it is recorded as such, since from
+    another directory the same words would be the hub's.
+    """
+    if is_path(path, value):
+        return directory
+    is_model = path == ("model", "id") and os.path.isfile(os.path.join(value, "config.json"))  # noqa: PTH113, PTH118 - false for any text
+    return Path.cwd() if is_model else None
 
 
 def is_path(path: KeyPath, value: str) -> bool:

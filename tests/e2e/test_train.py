@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,22 @@ def test_an_output_below_a_file_is_refused_at_once(train_here: Run, write_config
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="not a directory"):
         train_here(write_config(output=str(tmp_path / "file" / "run")))
+
+
+def test_a_model_that_is_named_without_its_dot_is_found_from_elsewhere(
+    finetune: Run, write_config: Write, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model, run, elsewhere = tmp_path / "tiny", tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(tiny_model_dir, model)
+    elsewhere.mkdir()
+    config = write_config(model={"id": "tiny"}, train={"max_steps": 1, "precision": "fp32"})
+    done = finetune("train", config, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+    for command in (["eval", run, "-o", "evaluation.tasks=[{task: loss}]"], ["merge", run, "-O", "merged"]):
+        done = finetune(*command, cwd=elsewhere)
+        assert done.code == 0, done.err
+    assert (elsewhere / "merged" / "config.json").is_file()
 
 
 def test_a_malformed_line_is_named(finetune: Run, write_config: Write, tmp_path: Path) -> None:
