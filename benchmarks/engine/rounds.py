@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import data, runs
+from benchmarks.engine.table import LORA, LORA_FP32, NF4
 from benchmarks.engine.tools import FINETUNE, ROOT, TOOLS, TRL, TRL_SFT, Tool
 
 RESULTS = ROOT / "docs" / "benchmarks" / "engine.json"
 MODEL = "SmolLM2-135M-Instruct"
-NF4_ROWS = data.ROWS
 CANDIDATE_ROWS = 48
 _SIZES = (
     "hidden_size",
@@ -38,17 +38,24 @@ class Variant:
     name: str
     rows: int
     nf4: bool
+    settings: tuple[str, ...] = ()
+    """Options of this project's command."""
+    alone: bool = False
+    """Whether only this project runs it, to be compared with the machine's limit."""
+
+    def tools(self, number: int) -> list[Tool]:
+        """Those of one round, in turn: another one begins each time, so that none always has the machine when it is cool or busy."""
+        tools = [FINETUNE] if self.alone else list(TOOLS.values())
+        first = number % len(tools)
+        return tools[first:] + tools[:first]
 
 
 PEERS = [tool for tool in TOOLS.values() if tool is not FINETUNE]
-VARIANTS = (Variant("LoRA", data.ROWS, nf4=False), Variant("NF4", NF4_ROWS, nf4=True))
-
-
-def order(number: int) -> list[Tool]:
-    """The tools of one round: another one begins each time, so that none always has the machine when it is cool or busy."""
-    tools = list(TOOLS.values())
-    first = number % len(tools)
-    return tools[first:] + tools[:first]
+VARIANTS = (
+    Variant(LORA, data.ROWS, nf4=False),
+    Variant(LORA_FP32, data.ROWS, nf4=False, settings=("-o", "train.precision=fp32"), alone=True),
+    Variant(NF4, data.ROWS, nf4=True),
+)
 
 
 class Results:
@@ -135,25 +142,31 @@ def _digest(*files: Path) -> str:
 
 
 def compare(results: Results, count: int, threads: int | None, variants: Sequence[Variant] = VARIANTS) -> Results:
-    """``count`` rounds of all tools; what is in ``results`` already, and of the same code, data and machine, is not run again."""
+    """``count`` rounds. What is in ``results`` already, and of the same code, data and machine, is not run again.
+
+    The machine's limit is measured just before and just after this project's runs, since its speed wanders.
+    """
     own = versions(Path(sys.executable))
     found = {TRL_SFT.name: trl_versions()}
     results.found |= {"machine": machine(), "model": model(), "versions": found[TRL_SFT.name] or own}
     works = {variant.name: runs.prepare_work(variant.rows) for variant in variants}
-    results.found["data"] = {name: {"train": work.totals, "validation": work.validation} for name, work in works.items()}
+    results.found["data"] = results.found.get("data", {}) | {
+        name: {"train": work.totals, "validation": work.validation} for name, work in works.items()
+    }
     for number, variant, tool in _turns(count, variants):
         work = works[variant.name]
         of = {"machine": results.found["machine"], "data": _digest(work.files.train), "source": source(tool), "threads": threads}
-        of |= {"versions": found.get(tool.name, own), "settings": list(tool.settings) if tool is FINETUNE else chosen(results, tool)}
+        of |= {"versions": found.get(tool.name, own), "settings": list(variant.settings) if tool is FINETUNE else chosen(results, tool)}
         key = {"round": number, "variant": variant.name, "tool": tool.name, "of": of}
         if results.has("runs", key):
             continue
-        if tool is FINETUNE:
-            limit_key = {"round": number, "variant": variant.name}
-            results.add("limits", limit_key, limit(work, threads))
         _say(f"round {number + 1}, {variant.name}: {tool.name} ...")
+        limits = [limit(work, threads)] if tool is FINETUNE else []
         job = runs.job(work, tool, nf4=variant.nf4, seed=number, threads=threads)
         row = runs.run(tool, job, work, of["settings"])
+        limits += [limit(work, threads)] if tool is FINETUNE else []
+        for when, rates in zip(("before", "after"), limits, strict=False):
+            results.add("limits", {"round": number, "variant": variant.name, "when": when}, rates)
         results.add("runs", key, row)
         _say(_line(row))
     return results
@@ -162,7 +175,7 @@ def compare(results: Results, count: int, threads: int | None, variants: Sequenc
 def _turns(count: int, variants: Sequence[Variant]) -> Iterator[tuple[int, Variant, Tool]]:
     for number in range(count):
         for variant in variants:
-            for tool in order(number):
+            for tool in variant.tools(number):
                 yield number, variant, tool
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.engine.limit import Shape, limit, operations
 from benchmarks.engine.tools import FINETUNE, RANK, TOOLS
 
+LORA, LORA_FP32, NF4 = "LoRA", "LoRA in fp32", "NF4"
+"""What is measured. LoRA is in bf16 where the machine has it; in fp32 besides, alone and against the limit of that type."""
 SPEED_FLOOR, LOSS_FLOOR, LIMIT_FLOOR = 2.0, 0.01, 0.6
 BUSY = 0.05
 """Share of the cores that others used, above which a run's times are not to be trusted."""
@@ -70,14 +72,15 @@ def ratios(runs: Rows, variant: str, figure: str) -> list[float]:
 def fractions(results: dict[str, Any], variant: str, *, cpu: bool = False) -> list[float]:
     """Steady state over the machine's limit, for each round; ``cpu``: both by processor seconds, which other work disturbs less."""
     parts = operations(Shape.of(results["model"]), RANK, results["data"][variant]["train"]) if variant in results.get("data", {}) else {}
-    precision, suffix = ("bf16" if results["machine"]["bf16"] else "fp32"), ("_cpu" if cpu else "")
+    precision = "bf16" if results["machine"]["bf16"] and variant != LORA_FP32 else "fp32"
+    kind = "_cpu" if cpu else ""
     found = []
     for own in of(results["runs"], variant, FINETUNE.name):
-        for measured in results["limits"]:
-            if (measured["round"], measured["variant"]) == (own["round"], variant):
-                rates = {part: measured[precision][part + suffix]["median"] for part in ("layers", "head")}
-                tokens = results["data"][variant]["train"]["tokens"]
-                found.append(own["steady_tokens_per_cpu_s" if cpu else "steady_tokens_per_s"] / limit(parts, rates, tokens))
+        limits = [each[precision] for each in results["limits"] if (each["round"], each["variant"]) == (own["round"], variant)]
+        if limits:
+            rates = {part: mean(each[part + kind]["median"] for each in limits) for part in ("layers", "head")}
+            tokens = results["data"][variant]["train"]["tokens"]
+            found.append(own["steady_tokens_per_cpu_s" if cpu else "steady_tokens_per_s"] / limit(parts, rates, tokens))
     return found
 
 
@@ -86,12 +89,12 @@ def floors(results: dict[str, Any]) -> list[Floor]:
     runs = results["runs"]
     found = [
         _at_least(f"{variant}, {name}: at least {SPEED_FLOOR:g}x the fastest peer", ratios(runs, variant, figure), SPEED_FLOOR)
-        for variant in ("LoRA", "NF4")
+        for variant in (LORA, NF4)
         for name, figure in (("whole command", "tokens_per_s"), ("steady state", "steady_tokens_per_s"))
     ]
-    found += [_same_loss(runs, variant) for variant in ("LoRA", "NF4")]
-    found += [_leanest(runs, variant) for variant in ("LoRA", "NF4")]
-    return [*found, _at_least(f"LoRA: at least {LIMIT_FLOOR:.0%} of the machine's limit", fractions(results, "LoRA"), LIMIT_FLOOR)]
+    found += [_same_loss(runs, variant) for variant in (LORA, NF4)]
+    found += [_leanest(runs, variant) for variant in (LORA, NF4)]
+    return [*found, _near_limit(results)]
 
 
 def _at_least(promise: str, values: list[float], floor: float) -> Floor:
@@ -99,6 +102,17 @@ def _at_least(promise: str, values: list[float], floor: float) -> Floor:
         return Floor(promise, "-", None)
     spread = Spread.of(values)
     return Floor(promise, spread.text(2), spread.middle >= floor)
+
+
+def _near_limit(results: dict[str, Any]) -> Floor:
+    promise = f"LoRA in bf16 or fp32, steady state: at least {LIMIT_FLOOR:.0%} of the machine's limit in that type"
+    usual = "bf16" if results["machine"]["bf16"] else "fp32"
+    values = {name: found for name, variant in ((usual, LORA), ("fp32", LORA_FP32)) if (found := fractions(results, variant))}
+    spreads = {name: Spread.of(found) for name, found in values.items()}
+    if not spreads:
+        return Floor(promise, "-", None)
+    measured = ", ".join(f"{name} {spread.text(2)}" for name, spread in spreads.items())
+    return Floor(promise, measured, max(spread.middle for spread in spreads.values()) >= LIMIT_FLOOR)
 
 
 def _peers(runs: Rows, variant: str, figure: str) -> dict[str, float]:
@@ -155,7 +169,7 @@ def markdown(results: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
     ]
-    for variant in ("LoRA", "NF4"):
+    for variant in (LORA, LORA_FP32, NF4):
         lines += _variant(results, variant)
     lines += ["", "## Floors", "", "| floor | measured | |", "|---|---|---|"]
     lines += [f"| {floor.promise} | {floor.measured} | {floor.verdict} |" for floor in floors(results)]
@@ -189,6 +203,7 @@ def _variant(results: dict[str, Any], variant: str) -> list[str]:
     if not runs or variant not in results["data"]:  # of other rows, before it was measured on these
         return ["", f"## {variant}", "", "Not measured."]
     totals = results["data"][variant]["train"]
+    members = {name: of(runs, variant, name) for name in ([FINETUNE.name] if variant == LORA_FP32 else TOOLS)}
     lines = [
         "",
         f"## {variant}",
@@ -196,10 +211,9 @@ def _variant(results: dict[str, Any], variant: str) -> list[str]:
         f"{totals['rows']} rows, {totals['tokens']:,} tokens, {totals['supervised_tokens']:,} of them supervised; "
         f"rows of {totals['shortest']} to {totals['longest']} tokens, median {totals['median']}.",
         "",
-        "| | " + " | ".join(TOOLS) + " |",
-        "|---" * (len(TOOLS) + 1) + "|",
+        "| | " + " | ".join(members) + " |",
+        "|---" * (len(members) + 1) + "|",
     ]
-    members = {name: of(runs, variant, name) for name in TOOLS}
     for title, figure, digits in _COLUMNS:
         cells = [Spread.of([run[figure] for run in rows]).text(digits) if rows else "-" for rows in members.values()]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
@@ -210,14 +224,21 @@ def _variant(results: dict[str, Any], variant: str) -> list[str]:
 
 def _notes(results: dict[str, Any], variant: str) -> list[str]:
     runs = [run for run in results["runs"] if run["variant"] == variant]
-    lines = [""]
-    for name, values in (
-        ("Whole command, this project over the fastest peer", ratios(runs, variant, "tokens_per_s")),
-        ("Steady state, likewise", ratios(runs, variant, "steady_tokens_per_s")),
-        ("Steady state by processor seconds, likewise", ratios(runs, variant, "steady_tokens_per_cpu_s")),
+    to_peers = (
+        []
+        if variant == LORA_FP32
+        else [
+            ("Whole command, this project over the fastest peer", ratios(runs, variant, "tokens_per_s")),
+            ("Steady state, likewise", ratios(runs, variant, "steady_tokens_per_s")),
+            ("Steady state by processor seconds, likewise", ratios(runs, variant, "steady_tokens_per_cpu_s")),
+        ]
+    )
+    to_limit = [
         ("Steady state over the machine's limit", fractions(results, variant)),
         ("The same by processor seconds", fractions(results, variant, cpu=True)),
-    ):
+    ]
+    lines = [""]
+    for name, values in (*to_peers, *to_limit):
         lines.append(f"{name}: {Spread.of(values).text(2) if values else 'not measured'}.  ")
     for run in runs:
         if "failed" in run:

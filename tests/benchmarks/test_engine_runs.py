@@ -107,8 +107,10 @@ def test_the_callers_settings_of_threads_reach_no_tool(tmp_path: Path, monkeypat
 
 
 def test_every_tool_begins_a_round_in_turn() -> None:
-    assert [rounds.order(number)[0] for number in range(4)] == [FINETUNE, PLAIN, TRL_SFT, FINETUNE]
-    assert all(sorted(tool.name for tool in rounds.order(number)) == sorted(TOOLS) for number in range(3))
+    lora, alone, _ = rounds.VARIANTS
+    assert [lora.tools(number)[0] for number in range(4)] == [FINETUNE, PLAIN, TRL_SFT, FINETUNE]
+    assert all(sorted(tool.name for tool in lora.tools(number)) == sorted(TOOLS) for number in range(3))
+    assert [alone.tools(number) for number in range(2)] == [[FINETUNE], [FINETUNE]]
 
 
 def test_results_are_kept_continued_and_replaced(tmp_path: Path) -> None:

@@ -19,6 +19,10 @@ def _run(tool: str, number: int, variant: str = "LoRA", **figures: float) -> dic
     return {"tool": tool, "round": number, "variant": variant} | usual | figures
 
 
+def _quarter(rates: dict[str, Any]) -> dict[str, Any]:
+    return {part: {"median": value["median"] / 4} for part, value in rates.items()}
+
+
 def _results(*runs: dict[str, Any]) -> dict[str, Any]:
     rates = {part: {"median": 1e4} for part in ("layers", "head", "layers_cpu", "head_cpu")}
     return {
@@ -27,10 +31,14 @@ def _results(*runs: dict[str, Any]) -> dict[str, Any]:
         "model": {"name": "small"} | dict.fromkeys(_SIZES, 8),
         "data": {
             name: {"train": dict.fromkeys(("rows", "tokens", "supervised_tokens", "squared_tokens", "shortest", "median", "longest"), 10)}
-            for name in ("LoRA", "NF4")
+            for name in (table.LORA, table.LORA_FP32, table.NF4)
         },
         "runs": list(runs),
-        "limits": [{"round": 0, "variant": "LoRA", "bf16": rates}],
+        "limits": [
+            {"round": 0, "variant": variant, "when": when, "bf16": rates, "fp32": _quarter(rates)}
+            for variant in (table.LORA, table.LORA_FP32)
+            for when in ("before", "after")
+        ],
         "candidates": [],
     }
 
@@ -73,6 +81,21 @@ def test_the_floor_of_loss_compares_with_the_lowest_peer(loss: float, verdict: s
 def test_the_floor_of_memory_compares_with_the_leanest_peer(peak: float, verdict: str) -> None:
     found = _verdicts(_run("finetune", 0, peak_mib=peak), _run("TRL", 0), _run("transformers+PEFT", 0, peak_mib=900.0))
     assert found["LoRA: peak memory not above the leanest peer's"] == verdict
+
+
+def test_the_floor_of_the_limit_holds_where_either_type_reaches_it_and_both_are_told() -> None:
+    """Each type has its own limit, the mean of what was measured before and after the run."""
+    whole = _results(_run("finetune", 0, steady_tokens_per_s=1.0))
+    bf16 = 1 / table.fractions(whole, table.LORA)[0]  # tokens a second that are all of the limit
+    whole["limits"][1]["bf16"] = _quarter(_quarter(_quarter(whole["limits"][1]["bf16"])))
+    assert table.fractions(whole, table.LORA)[0] * bf16 == pytest.approx(2 / (1 + 1 / 64))
+    for of_bf16, of_fp32, verdict in ((0.5, 0.7, "holds"), (0.6001, 0.1, "holds"), (0.5, 0.59, "does not hold")):
+        runs = (
+            _run("finetune", 0, steady_tokens_per_s=of_bf16 * bf16),
+            _run("finetune", 0, table.LORA_FP32, steady_tokens_per_s=of_fp32 * bf16 / 4),
+        )
+        floor = table.floors(_results(*runs))[-1]
+        assert (floor.measured, floor.verdict) == (f"bf16 {of_bf16:.2f}, fp32 {of_fp32:.2f}", verdict)
 
 
 def test_a_failed_tool_and_a_busy_machine_are_told() -> None:
