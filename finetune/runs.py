@@ -29,6 +29,8 @@ _STEP_PREFIX = "step-"
 _DAMAGED_PREFIX = "damaged-"
 FIGURES = "training.json"
 """Beside a result: its step and losses, and the length of the run that made it."""
+COMBINED = "combine.json"
+"""Beside what `finetune combine` wrote: of what, how, and for which base."""
 _ALL = 2**63
 """Steps of a result that does not say them: it was written by a version that could not extend runs."""
 
@@ -196,6 +198,18 @@ class RunDirectory:
 def items_path(results: Path) -> Path:
     """Where what the figures in the file ``results`` were summed from is kept."""
     return results.parent / "items" / results.name
+
+
+def recorded_base(result: Path) -> dict[str, Any] | None:
+    """What the record beside an adapter says of the model it belongs to: id, revision, fingerprint, quantization, dtype, new_tokens.
+
+    None where there is no record, or it is one of an older version, which does not say how the base was quantized.
+    """
+    for name in (FIGURES, COMBINED):
+        base: dict[str, Any] | None = read_json(result / name).get("base") if (result / name).is_file() else None
+        if base is not None and (name == FIGURES or "quantization" in base):
+            return base
+    return None
 
 
 def open_run(path: Path) -> RunDirectory:

@@ -30,7 +30,7 @@ from finetune.model.loftq import restore_base
 from finetune.model.packed import stored_quantization
 from finetune.model.start import before_training
 from finetune.model.tokens import enlarge, token_ids
-from finetune.runs import FIGURES, open_run
+from finetune.runs import open_run, recorded_base
 from finetune.scoring import Scorer
 from finetune.sealed import MANIFEST, read_json, sha256_of, verify
 
@@ -172,8 +172,7 @@ def _adapter(path: Path, settings: Evaluation, base: str | None) -> Opened:
 
 def _stated_base(path: Path, given: str | None) -> _Base:
     """What the adapter's own records say; of an adapter that another tool made, the name of its base alone."""
-    figures = read_json(path / FIGURES) if (path / FIGURES).is_file() else {}
-    known = figures.get("base")
+    known = recorded_base(path)
     if known is not None:
         try:
             quantization = TypeAdapter[Quantization](Quantization).validate_python(known["quantization"])
@@ -181,7 +180,7 @@ def _stated_base(path: Path, given: str | None) -> _Base:
             return _Base(*of, quantization, known["dtype"], tuple(known["new_tokens"]))
         except (KeyError, TypeError, ValidationError) as error:
             raise VerificationError(
-                f"the record of the adapter's base is damaged: {error}", where=str(path / FIGURES), fix="copy the adapter again"
+                f"the record of the adapter's base is damaged: {error}", where=str(path), fix="copy the adapter again"
             ) from error
     config = read_json(path / _CONFIG)
     name = given or config.get("base_model_name_or_path")

@@ -32,7 +32,7 @@ from finetune.merging.combine_write import (
     write_model,
 )
 from finetune.merging.companions import read_model_config
-from finetune.merging.destination import COMBINED, clear_leftovers, require_destination
+from finetune.merging.destination import clear_leftovers, require_destination
 from finetune.merging.identity import LiveRows, require_rows
 from finetune.merging.inputs import MergeSource
 from finetune.merging.reload import Measurement, Probe
@@ -41,6 +41,7 @@ from finetune.merging.trials import DTYPES, GAIN_TO_KEEP, Candidate, Trial, cand
 from finetune.merging.verify import Parity, compare, kl_limit, measure_in_fresh_process, measured_by
 from finetune.model.builtin import public_name
 from finetune.model.quantize import bnb_config
+from finetune.runs import COMBINED
 from finetune.sealed import sealed_directory, write_json, write_text
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.config.combine import Plan, PlanBase, weights_of
+from finetune.config.combine import Plan, weights_of
 from finetune.config.load import load_config
 from finetune.config.schema import Config, FourBit, Full, Houlsby, LoftqInit, Lora, NoQuantization, Prefix, Prompt
 from finetune.data.general import general_text
@@ -62,6 +62,8 @@ class Members:
     members: tuple[Member, ...]
     base_id: str
     """As a run's `model.id` names it."""
+    revision: str | None
+    """The commit of a hub model."""
     fingerprint: str
     """Of the base."""
     rows: tuple[Example, ...]
@@ -89,7 +91,7 @@ def find_members(plan: Plan) -> Members:
     ConfigError: a path that is no run and no adapter, an unfinished run, a method that changes no weight, another base, or updates that do
     not begin at one point. VerificationError: files that are not those of the run.
     """
-    base = _stated_base(plan.base)
+    base = (plan.base.id, plan.base.revision) if plan.base.id else None
     found = []
     for entry, weight in zip(plan.adapters, weights_of(plan), strict=True):
         path = Path(entry.path)
@@ -102,8 +104,9 @@ def find_members(plan: Plan) -> Members:
             raise ConfigError(
                 "no entry of the plan is a run, so that the base is not known", where="base.id", fix="add `base: {id: ...}` to the plan"
             )
-        base = (first.model.id, resolve_model(first.model.id, first.model.revision))
-    base_id, directory = base
+        base = (first.model.id, first.model.revision)
+    base_id, revision = base
+    directory = resolve_model(base_id, revision)
     print_of_base = fingerprint(directory)
     members = tuple(
         _from_run(run, runs[run.path], weight, plan.base.weights)
@@ -124,11 +127,7 @@ def find_members(plan: Plan) -> Members:
     if plan.base.weights == "dequantized":
         _require_one_start(members)
     rows, measured_on = _rows(members, directory)
-    return Members(members, base_id, print_of_base, rows, measured_on, tuple(_notes(members, print_of_base)))
-
-
-def _stated_base(base: PlanBase) -> tuple[str, Path] | None:
-    return (base.id, resolve_model(base.id, base.revision)) if base.id else None
+    return Members(members, base_id, revision, print_of_base, rows, measured_on, tuple(_notes(members, print_of_base)))
 
 
 def _run_of(path: Path) -> RunDirectory | None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from finetune.config.combine import Plan
 from finetune.config.schema import NoQuantization
 from finetune.merging.combine_members import Members
 from finetune.merging.combine_write import AdapterReport, ModelReport
-from finetune.merging.destination import COMBINED
 from finetune.merging.trials import Trial
 from finetune.model.builtin import public_name
+from finetune.runs import COMBINED
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class CombineReport:
         return {
             "plan": self.plan.model_dump(mode="json"),
             "formula": self.formula,
-            "base": {"id": self.members.base_id, "fingerprint": self.members.fingerprint, "weights": self.plan.base.weights},
+            "base": self._base(),
             "adapters": [
                 {"path": member.name, "weight": member.weight, "sha256": member.sha256, "is_run": member.is_run}
                 for member in self.members.members
@@ -74,6 +76,20 @@ class CombineReport:
             "adapter": asdict(self.adapter) if self.adapter else None,
             "trials": [trial.as_json() for trial in self.trials],
             "notes": list(self.notes),
+        }
+
+    def _base(self) -> dict[str, object]:
+        """What the combination belongs to, as every adapter that was trained here records it (`finetune.runs.recorded_base`)."""
+        quantization = self.members.first.quantization if self.on_quantized else NoQuantization()
+        original = self.plan.base.weights == "original"
+        return {
+            "id": self.members.base_id,
+            "revision": self.members.revision,
+            "fingerprint": self.members.fingerprint,
+            "weights": self.plan.base.weights,
+            "quantization": quantization.model_dump(mode="json"),
+            "dtype": "bf16" if not original and self.members.first.compute_dtype == torch.bfloat16 else "fp32",
+            "new_tokens": list(self.members.members[0].new_tokens),
         }
 
 

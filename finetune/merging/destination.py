@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.errors import ConfigError
+from finetune.runs import COMBINED
 
 REPORT = "merge.json"
 """The record in every directory that a merge or an export wrote."""
-COMBINED = "combine.json"
-"""The record in every directory that a combination wrote."""
 
 
 def require_destination(destination: Path, read: Iterable[Path], *, force: bool) -> None:

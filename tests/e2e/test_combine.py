@@ -127,6 +127,23 @@ def test_a6_runs_on_a_quantized_base_combine_on_what_they_were_trained_on(train_
     assert report.plan.base.weights == "original"
 
 
+def test_an_adapter_that_was_combined_knows_its_base_and_how_that_was_quantized(
+    train_two: Run, finetune: Run, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    runs = train_two({"quantization": NF4}, {"quantization": NF4})
+    plain = {"method": "none"}
+    for name, base, quantization in (("on-nf4", {}, {**NF4, "double_quant": True}), ("on-original", {"weights": "original"}, plain)):
+        plan = write_plan(tmp_path, runs, method="average", base=base, output={"kind": "adapter", "rank": 8})
+        api.combine(plan, tmp_path / name)
+        done = finetune("eval", tmp_path / name, "-o", "evaluation.tasks=[{task: forgetting}]", "--json", cwd=tmp_path)
+        assert done.code == 0, done.err
+        found = json.loads(done.out)
+        assert not any("does not record" in note for note in found["notes"])
+        record = found["record"]["systems"]["tuned"]
+        assert record["base"] == str(tiny_model_dir)
+        assert record["quantization"].items() >= quantization.items()
+
+
 def test_a18_loftq_runs_combine_from_where_they_began(train_two: Run, tmp_path: Path) -> None:
     """What the weights are is tested in tests/merging/test_combine.py; here, that a run brings its start along."""
     runs = train_two({"quantization": NF4, "tuning": LOFTQ}, {"quantization": NF4, "tuning": LOFTQ, "optimizer": {"learning_rate": 0.003}})
