@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
-from finetune.config.schema import Config, Full, LoftqInit, Lora, NoQuantization
+from finetune.config.schema import Config, Full, LoftqInit, Lora, NoQuantization, Quantization
 from finetune.data.render import Example, Renderer
 from finetune.data.stored import load_rows
 from finetune.errors import VerificationError
@@ -23,7 +24,7 @@ from finetune.model.loftq import restore_base
 from finetune.model.start import before_training
 from finetune.model.tokens import enlarge, token_ids
 from finetune.planning.resolve import Resolved, resolve
-from finetune.runs import RunDirectory
+from finetune.runs import RunDirectory, recorded_base
 from finetune.scoring import Scorer
 from finetune.sealed import read_json, sha256_of
 
@@ -75,6 +76,35 @@ class FinishedRun:
         # in the type that the tuned weights are loaded in: else what rounding does would pass for what was learned
         base = _untuned(self.config, self.base, self.dtype, self.device, self.renderer).to(self.base_dtype)
         return _as_trained(base, self.config), nullcontext
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedBase:
+    """What the record beside an adapter says of the model it belongs to."""
+
+    id: str
+    revision: str | None
+    fingerprint: str
+    quantization: Quantization
+    dtype: str
+    """`bf16` or `fp32`."""
+    new_tokens: tuple[str, ...]
+
+
+def base_of_adapter(path: Path) -> RecordedBase | None:
+    """The record in the adapter directory ``path``; None where there is none, VerificationError where it is damaged."""
+    known = recorded_base(path)
+    if known is None:
+        return None
+    try:
+        if known["dtype"] not in ("bf16", "fp32"):
+            raise ValueError(f"dtype {known['dtype']!r}")
+        quantization = TypeAdapter[Quantization](Quantization).validate_python(known["quantization"])
+        return RecordedBase(known["id"], known["revision"], known["fingerprint"], quantization, known["dtype"], tuple(known["new_tokens"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise VerificationError(
+            f"the record of the adapter's base is damaged: {error}", where=str(path), fix="copy the adapter again"
+        ) from error
 
 
 def load_run(run: RunDirectory, config: Config) -> FinishedRun:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from finetune.config.schema import Config, Evaluation, NoQuantization, Quantization
 from finetune.data.general import general_blocks
@@ -21,7 +20,7 @@ from finetune.data.render import Example, Renderer
 from finetune.errors import ConfigError, VerificationError
 from finetune.evaluation.results import LOFTQ_BASE
 from finetune.evaluation.targets import EXPECTED, Target, nearest
-from finetune.finished import FinishedRun, load_run
+from finetune.finished import FinishedRun, base_of_adapter, load_run
 from finetune.model.adapters import load
 from finetune.model.builtin import BUILTIN, HUB_ID, fingerprint, resolve_model
 from finetune.model.correction import FILE as LOFTQ_FILE
@@ -30,7 +29,7 @@ from finetune.model.loftq import restore_base
 from finetune.model.packed import stored_quantization
 from finetune.model.start import before_training
 from finetune.model.tokens import enlarge, token_ids
-from finetune.runs import open_run, recorded_base
+from finetune.runs import open_run
 from finetune.scoring import Scorer
 from finetune.sealed import MANIFEST, read_json, sha256_of, verify
 
@@ -172,16 +171,10 @@ def _adapter(path: Path, settings: Evaluation, base: str | None) -> Opened:
 
 def _stated_base(path: Path, given: str | None) -> _Base:
     """What the adapter's own records say; of an adapter that another tool made, the name of its base alone."""
-    known = recorded_base(path)
+    known = base_of_adapter(path)
     if known is not None:
-        try:
-            quantization = TypeAdapter[Quantization](Quantization).validate_python(known["quantization"])
-            of = (given or known["id"], None if given else known["revision"], known["fingerprint"])
-            return _Base(*of, quantization, known["dtype"], tuple(known["new_tokens"]))
-        except (KeyError, TypeError, ValidationError) as error:
-            raise VerificationError(
-                f"the record of the adapter's base is damaged: {error}", where=str(path), fix="copy the adapter again"
-            ) from error
+        of = (given or known.id, None if given else known.revision, known.fingerprint)
+        return _Base(*of, known.quantization, known.dtype, known.new_tokens)
     config = read_json(path / _CONFIG)
     name = given or config.get("base_model_name_or_path")
     if not name:

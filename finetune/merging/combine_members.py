@@ -20,13 +20,14 @@ from finetune.data.general import general_text
 from finetune.data.render import Example
 from finetune.data.stored import load_rows
 from finetune.errors import ConfigError, VerificationError
+from finetune.finished import RecordedBase, base_of_adapter
 from finetune.hardware import detect
 from finetune.merging.adapter import CONFIG, WEIGHTS
 from finetune.merging.companions import TOKENIZER_FILES
 from finetune.merging.inputs import Base, MergeSource
 from finetune.model.builtin import fingerprint, resolve_model
 from finetune.model.correction import FILE as CORRECTION
-from finetune.model.load import load_tokenizer, storage_dtype
+from finetune.model.load import DTYPES, load_tokenizer, storage_dtype
 from finetune.model.tokens import token_ids
 from finetune.model.weights import Weights
 from finetune.planning.resolve import resolve
@@ -53,6 +54,8 @@ class Member:
     sha256: str
     """Of the adapter's weights."""
     is_run: bool
+    base_fingerprint: str | None = None
+    """Of its base, as the run or the adapter's own record has it; None where nothing records it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,32 +94,29 @@ def find_members(plan: Plan) -> Members:
     ConfigError: a path that is no run and no adapter, an unfinished run, a method that changes no weight, another base, or updates that do
     not begin at one point. VerificationError: files that are not those of the run.
     """
-    base = (plan.base.id, plan.base.revision) if plan.base.id else None
+    base: tuple[str, str | None] | None = (plan.base.id, plan.base.revision) if plan.base.id else None
     found = []
     for entry, weight in zip(plan.adapters, weights_of(plan), strict=True):
         path = Path(entry.path)
         run = _run_of(path)
         found.append((path, weight, run))
     runs = {run.path: load_config(run.config).config for _, _, run in found if run is not None}
-    first = next(iter(runs.values()), None)
-    if base is None:
-        if first is None:
-            raise ConfigError(
-                "no entry of the plan is a run, so that the base is not known", where="base.id", fix="add `base: {id: ...}` to the plan"
-            )
-        base = (first.model.id, first.model.revision)
-    base_id, revision = base
+    records = {path: base_of_adapter(path) for path, _, run in found if run is None}
+    stated = [(config.model.id, config.model.revision) for config in runs.values()]
+    stated += [(record.id, record.revision) for record in records.values() if record is not None]
+    if base is None and not stated:
+        fix = "add `base: {id: ...}` to the plan"
+        raise ConfigError("no entry of the plan is a run or records its base: the base is not known", where="base.id", fix=fix)
+    base_id, revision = base or stated[0]
     directory = resolve_model(base_id, revision)
     print_of_base = fingerprint(directory)
+    plain = MergeSource(directory, directory, NoQuantization(), torch.float32, base=plan.base.weights, device=_device())
     members = tuple(
-        _from_run(run, runs[run.path], weight, plan.base.weights)
-        if run is not None
-        else _from_adapter(path, directory, weight, plan.base.weights)
+        _from_run(run, runs[run.path], weight, plan.base.weights) if run is not None else _from_adapter(path, records[path], plain, weight)
         for path, weight, run in found
     )
-    for member, (_, _, run) in zip(members, found, strict=True):
-        recorded = read_json(run.environment)["identity"]["fingerprints"]["base"] if run is not None else print_of_base
-        if recorded != print_of_base:
+    for member in members:
+        if member.base_fingerprint not in (None, print_of_base):
             raise ConfigError(
                 f"{member.name} was trained on another base than {base_id}",
                 where=member.name,
@@ -163,11 +163,12 @@ def _from_run(run: RunDirectory, config: Config, weight: float, base: Base) -> M
         device=_device(),
     )
     rows, _ = load_rows(run.rows)
-    return Member(str(run.path), weight, source, tuple(config.model.new_tokens), rows, sha256_of(directory / WEIGHTS), True)
+    member = Member(str(run.path), weight, source, tuple(config.model.new_tokens), rows, sha256_of(directory / WEIGHTS), True)
+    return replace(member, base_fingerprint=records["identity"]["fingerprints"]["base"])
 
 
-def _from_adapter(path: Path, base_dir: Path, weight: float, base: Base) -> Member:
-    """An adapter without a run was trained on the unquantized model: nothing else is recorded."""
+def _from_adapter(path: Path, record: RecordedBase | None, plain: MergeSource, weight: float) -> Member:
+    """An adapter without a run: of the base in its record, or else of the unquantized one, which ``plain`` is."""
     if (path / CORRECTION).exists():
         raise ConfigError(
             f"a LoftQ adapter belongs to its run, which knows the quantization ({CORRECTION} lies here)",
@@ -176,8 +177,12 @@ def _from_adapter(path: Path, base_dir: Path, weight: float, base: Base) -> Memb
         )
     if not (path / WEIGHTS).is_file():
         raise ConfigError(f"the adapter has no {WEIGHTS}", where=str(path), fix="adapters are read from safetensors alone")
-    source = MergeSource(base_dir, path, NoQuantization(method="none"), torch.float32, base=base, device=_device())
-    return Member(str(path), weight, source, (), (), sha256_of(path / WEIGHTS), False)
+    source, sha256 = replace(plain, adapter_dir=path), sha256_of(path / WEIGHTS)
+    if record is None:
+        return Member(str(path), weight, source, (), (), sha256, False)
+    new_ids = token_ids(load_tokenizer(path), record.new_tokens) if record.new_tokens else ()
+    source = replace(source, quantization=record.quantization, compute_dtype=DTYPES[record.dtype], new_ids=new_ids)
+    return Member(str(path), weight, source, record.new_tokens, (), sha256, False, record.fingerprint)
 
 
 def _require_update(run: RunDirectory, config: Config) -> None:
@@ -261,9 +266,9 @@ def _notes(members: Sequence[Member], fingerprint_of_base: str) -> list[str]:
         if member.sha256 in seen:
             found.append(f"{member.name} is the same adapter as {seen[member.sha256]}: it counts twice")
         seen.setdefault(member.sha256, member.name)
-        if not member.is_run:
+        if member.base_fingerprint is None:
             found.append(
-                f"{member.name} is no run: nothing records its base, so it is taken for one of the unquantized base "
+                f"{member.name} is no run, and nothing records its base: it is taken for one of the unquantized base "
                 f"{fingerprint_of_base[:12]}"
             )
     own = {member.name: kinds for member in members if (kinds := _tokenizer_of(member.source.adapter_dir))}

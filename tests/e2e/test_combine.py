@@ -212,6 +212,7 @@ def test_b7_a_result_that_is_not_the_combination_is_not_kept(train_two: Run, tmp
 def test_adapters_without_a_run_need_a_base_and_say_what_is_assumed(train_two: Run, tmp_path: Path, tiny_model_dir: Path) -> None:
     (run,) = train_two({})
     shutil.copytree(run / "adapter", tmp_path / "copy")
+    (tmp_path / "copy" / "training.json").unlink()  # as of another tool
     with pytest.raises(ConfigError, match="the base is not known"):
         api.combine(write_plan(tmp_path, [tmp_path / "copy"], method="average"), tmp_path / "out")
     report = api.combine(write_plan(tmp_path, [tmp_path / "copy"], method="average", base={"id": str(tiny_model_dir)}), tmp_path / "out")
@@ -219,6 +220,24 @@ def test_adapters_without_a_run_need_a_base_and_say_what_is_assumed(train_two: R
     assert report.members.measured_on == "general text"
     inside = write_plan(tmp_path, [run / "adapter"], method="average", output={"kind": "model", "dtype": "fp32"})
     assert api.combine(inside, tmp_path / "inside").members.members[0].is_run
+
+
+def test_a_copied_adapter_combines_on_the_base_that_it_records(train_two: Run, finetune: Run, tmp_path: Path) -> None:
+    (run,) = train_two({"quantization": NF4})
+    shutil.copytree(run / "adapter", tmp_path / "copy")
+    output = {"kind": "model", "dtype": "fp32"}
+    api.combine(write_plan(tmp_path, [run], method="average", output=output), tmp_path / "of-run")
+    done = finetune("combine", write_plan(tmp_path, [tmp_path / "copy"], method="average", output=output), "-O", tmp_path / "of-copy")
+    assert done.code == 0, done.err
+    assert "nothing records" not in done.err
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("of-run", "of-copy"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    record = json.loads((tmp_path / "copy" / "training.json").read_text())
+    for changed, code in (({"fingerprint": "0" * 64}, 2), ({"dtype": "int3"}, 6)):
+        (tmp_path / "copy" / "training.json").write_text(json.dumps(record | {"base": record["base"] | changed}))
+        done = finetune("combine", tmp_path / "plan.yaml", "-O", tmp_path / "other")
+        assert done.code == code, done.err
+        assert not (tmp_path / "other").exists()
 
 
 def test_a8_new_tokens_must_be_the_same(train_two: Run, tmp_path: Path, tiny_model_dir: Path) -> None:
