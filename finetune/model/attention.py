@@ -15,9 +15,7 @@ up to it,
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -27,16 +25,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from finetune.model.tiles import KEEP, TILE, Seen, layout_of
+
 NAME = "finetune_packed"
 """What transformers knows this attention by."""
-
-_TILE = 64
-"""Rows of queries that are attended together."""
-_TOGETHER = (8, 4, 2, 1)
-"""How many examples of a single tile are attended at a time: few sizes, since each is a kernel of its own."""
-_KEEP = 256
-"""Examples up to this length keep their probabilities for the backward pass; those of longer ones are computed again."""
-
 
 _NOT_COMPUTED = ("sliding_window", "softcap", "s_aux")
 """What some models ask of attention and this one does not do."""
@@ -110,8 +102,8 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, bounds: tuple[int, ...]) -> Tensor:
-        layout = _layout(bounds, len(query), len(key))
-        rows, keys, values = layout.queries.placed(query), layout.keys.placed(key), layout.keys.placed(value)
+        layout = layout_of(bounds, len(query), len(key))
+        rows, keys, values = layout.asking(query), layout.seen(key), layout.seen(value)
         output = torch.empty_like(rows)
         kept: list[Tensor] = []
         for piece in layout.pieces:
@@ -121,154 +113,43 @@ class _Packed(torch.autograd.Function):
                 kept.append(weights)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.scale, ctx.bounds = scale, bounds
-        return layout.queries.taken(output, query.shape[1])
+        return layout.queries.taken(output.flatten(0, 1), query.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, *kept = ctx.saved_tensors
-        layout, found = _layout(ctx.bounds, len(query), len(key)), iter(kept)
-        rows, keys, values = layout.queries.placed(query), layout.keys.placed(key), layout.keys.placed(value)
-        upstream = layout.queries.placed(gradients[0].transpose(0, 1), zeros=True)
-        to_query, to_key, to_value = torch.empty_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
+        layout, found = layout_of(ctx.bounds, len(query), len(key)), iter(kept)
+        rows, keys, values = layout.asking(query), layout.seen(key), layout.seen(value)
+        upstream = layout.asking(gradients[0].transpose(0, 1), zeros=True)
+        to_query, to_keys, to_values = torch.empty_like(rows), Seen.zeros_like(keys), Seen.zeros_like(values)
         for piece in layout.pieces:
             own, gradient, seen, onto = piece.asking(rows), piece.asking(upstream), piece.seen(keys), piece.asking(to_query)
             weights = next(found) if piece.keeps else _weights(own, seen, ctx.scale)
-            piece.seen(to_value).add_(torch.bmm(weights.transpose(1, 2), gradient))
+            piece.seen(to_values).add_(torch.bmm(weights.transpose(1, 2), gradient))
             towards = torch.bmm(gradient, piece.seen(values).transpose(1, 2))
             scores = torch._softmax_backward_data(towards, weights, -1, weights.dtype)
             torch.baddbmm(onto, scores, seen, beta=0, alpha=ctx.scale, out=onto)
-            piece.seen(to_key).add_(torch.bmm(scores.transpose(1, 2), own), alpha=ctx.scale)
+            piece.seen(to_keys).add_(torch.bmm(scores.transpose(1, 2), own), alpha=ctx.scale)
         total = query.shape[1]
-        back = [layout.queries.taken(to_query, total), layout.keys.taken(to_key, total), layout.keys.taken(to_value, total)]
-        return *(each.transpose(0, 1) for each in back), None, None  # type: ignore[return-value]
+        places = layout.queries, layout.keys, layout.keys
+        found_places = to_query.flatten(0, 1), to_keys.places, to_values.places
+        back = [where.taken(each, total).transpose(0, 1) for where, each in zip(places, found_places, strict=True)]
+        return back[0], back[1], back[2], None, None
 
 
 def _weights(rows: Tensor, keys: Tensor, scale: float) -> Tensor:
     """softmax(s Q K^T) of (n, heads per group x tile, d) and (n, seen, d), whose last keys are the tile itself."""
-    mask = _mask(rows.shape[1], -(-keys.shape[1] // _KEEP) * _KEEP, rows.dtype)[:, -keys.shape[1] :]
-    return torch.softmax(torch.baddbmm(mask, rows, keys.transpose(1, 2), alpha=scale), -1)
-
-
-@lru_cache(maxsize=64)
-def _mask(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """(rows, columns): zero, and -inf above the diagonal of the last `TILE` columns, once for each `TILE` rows."""
-    mask = torch.zeros(rows, columns, dtype=dtype)
-    above = torch.full((_TILE, _TILE), float("-inf"), dtype=dtype).triu_(1)
-    mask[:, -_TILE:] = above.repeat(rows // _TILE, 1)
-    return mask
-
-
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """Where each row of (t, n, d) lies when every example begins at a tile of its own, and back: one copy, whatever the order.
-
-    What fills a tile up repeats a row of its example; no real query sees it, and it gets no gradient.
-    """
-
-    source: Tensor
-    """(places,): the row, of t n, that lies there."""
-    fillers: Tensor
-    """Places that repeat a row."""
-    back: Tensor
-    """(real tokens x n,): the place at which a row lies."""
-    heads: int
-    """n."""
-
-    @classmethod
-    def of(cls, source: Tensor, real: Tensor, heads: int) -> _Places:
-        """Of ``source`` (places,), of which those are no fillers that ``real`` (places,) says."""
-        back = torch.empty(int(real.sum()), dtype=torch.int64)
-        back[source[real]] = real.nonzero().squeeze(1)
-        return cls(source, (~real).nonzero().squeeze(1), back, heads)
-
-    def placed(self, rows: Tensor, *, zeros: bool = False) -> Tensor:
-        """(n, t, d) -> (places, d); with ``zeros``, fillers are zero."""
-        found = rows.transpose(0, 1).reshape(-1, rows.shape[-1]).index_select(0, self.source)
-        return found.index_fill_(0, self.fillers, 0) if zeros else found
-
-    def taken(self, places: Tensor, total: int) -> Tensor:
-        """Inverse of `placed`, as (total, n, d), zero after the last example."""
-        rows = places.new_empty(total * self.heads, places.shape[-1])
-        torch.index_select(places, 0, self.back, out=rows[: len(self.back)])
-        rows[len(self.back) :].zero_()
-        return rows.view(total, self.heads, -1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Tiles of queries that are attended in one product: single tiles of several examples, or one tile of a longer one."""
-
-    queries: slice
-    """Places of the queries: (tiles, groups, heads per group x `TILE`)."""
-    keys: slice
-    """Places of the keys they see: (examples, groups, `TILE`) of single tiles, else (rows up to the tile's end, groups)."""
-    groups: int
-    single: bool
-    keeps: bool
-    """Whether the probabilities are kept for the backward pass."""
-
-    def asking(self, places: Tensor) -> Tensor:
-        """(examples x groups, heads per group x `TILE`, d)."""
-        tiles = (self.keys.stop - self.keys.start) // (_TILE * self.groups) if self.single else 1
-        return places[self.queries].view(tiles * self.groups, -1, places.shape[-1])
-
-    def seen(self, places: Tensor) -> Tensor:
-        """(examples x groups, rows seen, d)."""
-        rows = places[self.keys]
-        return rows.view(-1, _TILE, rows.shape[-1]) if self.single else rows.view(-1, self.groups, rows.shape[-1]).transpose(0, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """Where queries and keys lie in tiles, and what is attended together.
-
-    All products have one of few shapes and strides, whatever the lengths of the examples: for each new one oneDNN compiles a kernel,
-    which takes 1 ms and keeps 0.65 MB.
-    """
-
-    queries: _Places
-    keys: _Places
-    pieces: tuple[_Piece, ...]
+    mask, seen = _mask(rows.shape[1], rows.dtype), keys.shape[1]
+    if seen <= KEEP:  # in the product itself: a pass less over the scores
+        return torch.softmax(torch.baddbmm(mask[:, -seen:], rows, keys.transpose(1, 2), alpha=scale), -1)
+    scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(scale)
+    scores[..., -TILE:].add_(mask[:, -TILE:])
+    return torch.softmax(scores, -1)
 
 
 @lru_cache(maxsize=8)
-def _layout(bounds: tuple[int, ...], heads: int, groups: int) -> _Layout:
-    """The layout of examples between ``bounds``, those of a single tile first; all layers of a micro-batch ask for the same one."""
-    examples = list(itertools.pairwise(bounds))
-    short = [(start, end) for start, end in examples if end - start <= _TILE]
-    long = [(start, end) for start, end in examples if end - start > _TILE]
-    rows = [torch.arange(start, start + -(-(end - start) // _TILE) * _TILE) for start, end in (*short, *long)]
-    tokens = torch.cat([row.clamp_max(end - 1) for row, (_, end) in zip(rows, (*short, *long), strict=True)]).view(-1, _TILE)
-    real = torch.cat([row < end for row, (_, end) in zip(rows, (*short, *long), strict=True)]).view(-1, _TILE)
-    by_head, by_group = torch.arange(heads)[None, :, None], torch.arange(groups)[None, :, None]
-
-    def places(single: Tensor, several: Tensor) -> Tensor:
-        return torch.cat([single.flatten(), several.transpose(1, 2).flatten()])
-
-    numbers = tokens[:, None] * groups + by_group
-    shown = real[:, None].expand(-1, groups, -1)
-    first = len(short)
-    return _Layout(
-        _Places.of((tokens[:, None] * heads + by_head).flatten(), real[:, None].expand(-1, heads, -1).flatten(), heads),
-        _Places.of(places(numbers[:first], numbers[first:]), places(shown[:first], shown[first:]), groups),
-        (*_single(first, heads, groups), *_tiled(first, [end - start for start, end in long], heads, groups)),
-    )
-
-
-def _single(count: int, heads: int, groups: int) -> Iterator[_Piece]:
-    done = 0
-    while done < count:
-        end = done + next(size for size in _TOGETHER if size <= count - done)
-        queries, keys = (slice(done * n * _TILE, end * n * _TILE) for n in (heads, groups))
-        yield _Piece(queries, keys, groups, single=True, keeps=True)
-        done = end
-
-
-def _tiled(first: int, lengths: list[int], heads: int, groups: int) -> Iterator[_Piece]:
-    """Of examples of ``lengths``, the first of which has tile number ``first``."""
-    for length in lengths:
-        last = first + -(-length // _TILE)
-        for tile in range(first, last):
-            queries = slice(tile * heads * _TILE, (tile + 1) * heads * _TILE)
-            yield _Piece(queries, slice(first * groups * _TILE, (tile + 1) * groups * _TILE), groups, single=False, keeps=length <= _KEEP)
-        first = last
+def _mask(rows: int, dtype: torch.dtype) -> Tensor:
+    """(rows, `KEEP`): zero, and -inf above the diagonal of the last `TILE` columns, once for each `TILE` rows."""
+    mask = torch.zeros(rows, KEEP, dtype=dtype)
+    mask[:, -TILE:] = torch.full((TILE, TILE), float("-inf"), dtype=dtype).triu_(1).repeat(rows // TILE, 1)
+    return mask

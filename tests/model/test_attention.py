@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from finetune.model.attention import KERNELS, _layout
+from finetune.model.attention import KERNELS
+from finetune.model.tiles import layout_of
 
 SHORT = (3, 64, 1, 40, 7, 64, 2, 9, 63, 11, 5, 30, 8)
 """Thirteen examples of one tile: eight, four and one are attended together."""
@@ -95,11 +96,11 @@ def test_products_have_few_shapes_whatever_the_lengths() -> None:
     shapes = set()
     for seed in range(20):
         lengths = torch.randint(1, 400, (30,), generator=torch.Generator().manual_seed(seed)).tolist()
-        layout = _layout((0, *itertools.accumulate(lengths)), 9, 3)
-        keys = torch.empty(len(layout.keys.source), 4)
-        queries = torch.empty(len(layout.queries.source), 4)
-        assert sum(piece.asking(queries).shape[0] * piece.asking(queries).shape[1] for piece in layout.pieces) == len(queries)
-        shapes |= {
-            (tuple(piece.asking(queries).shape), tuple(piece.seen(keys).shape), piece.seen(keys).stride()) for piece in layout.pieces
-        }
+        layout = layout_of((0, *itertools.accumulate(lengths)), 9, 3)
+        total = sum(lengths)
+        queries, keys = layout.asking(torch.empty(9, total, 4)), layout.seen(torch.empty(3, total, 4))
+        asking = [piece.asking(queries) for piece in layout.pieces]
+        assert sum(map(len, asking)) == len(queries)
+        seen = [piece.seen(keys) for piece in layout.pieces]
+        shapes |= {(tuple(one.shape), tuple(two.shape), two.stride()) for one, two in zip(asking, seen, strict=True)}
     assert len(shapes) <= 4 + 400 // 64 + 1
