@@ -16,6 +16,7 @@ from finetune.config.allowed import allowed, join
 from finetune.config.combine import ModelOutput, Plan, plan_adapter, plan_shape, weights_of
 from finetune.config.hints import nearest
 from finetune.config.layers import shown
+from finetune.config.paths import start_of
 from finetune.config.shape import Block, Choice, Leaf, Shape
 from finetune.config.supposed import complaints_throughout
 from finetune.config.translate import Complaint
@@ -54,17 +55,19 @@ def load_plan(path: Path) -> Plan:
 
 
 def _absolute(tree: Node) -> Node:
-    """The tree with absolute paths: of every adapter, and of a base that is a directory (./, ../, ~/ or /)."""
+    """The tree with absolute paths: of every adapter, and of a base that is a directory."""
     entries = tree.child("adapters")
     count = len(entries.content) if entries is not None and isinstance(entries.content, list) else 0
-    places: list[KeyPath] = [("adapters", index, "path") for index in range(count)]
-    base = tree.find(("base", "id"))
-    if base is not None and isinstance(base.content, str) and base.content.startswith(("./", "../", "~/")):
-        places.append(("base", "id"))
+    places: list[KeyPath] = [*(("adapters", index, "path") for index in range(count)), ("base", "id")]
     for place in places:
         node = tree.find(place)
-        if node is not None and isinstance(node.content, str) and node.content:
-            absolute = os.path.normpath(node.at.document.directory / os.path.expanduser(node.content))  # noqa: PTH111 - only ~
+        if node is None or not isinstance(node.content, str) or not node.content:
+            continue
+        start: Path | None = node.at.document.directory
+        if place == ("base", "id"):  # a model, as `model.id` of a configuration is
+            start = start_of(("model", "id"), node.content, node.at.document.directory)
+        if start is not None:
+            absolute = os.path.normpath(start / os.path.expanduser(node.content))  # noqa: PTH111 - only ~
             tree = replace_at(tree, place, replace(node, content=absolute))
     return tree
 

@@ -14,13 +14,13 @@ def absolute_paths(tree: Node) -> Node:
     """The tree with absolute data sources, task files and model directory; the place of each value stays."""
     for path in _path_values(tree):
         node = tree.find(path)
-        if node and isinstance(node.content, str) and (directory := _start(path, node.content, node.at.document.directory)):
+        if node and isinstance(node.content, str) and (directory := start_of(path, node.content, node.at.document.directory)):
             absolute = os.path.normpath(directory / os.path.expanduser(node.content))  # noqa: PTH111 - only ~, and only at the start
             tree = replace_at(tree, path, replace(node, content=absolute))
     return tree
 
 
-def _start(path: KeyPath, value: str, directory: Path) -> Path | None:
+def start_of(path: KeyPath, value: str, directory: Path) -> Path | None:
     """Where the path ``value`` starts, in a document of ``directory``; None for what is no path.
 
     What looks like a hub id and is a model in the working directory is that model for every library: it is recorded as such, since from

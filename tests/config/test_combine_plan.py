@@ -122,3 +122,14 @@ def test_the_documentation_has_every_method_and_key() -> None:
         assert isinstance(member, Block)
         for key in set(member.entries) - {"method", "adapters"}:
             assert f"`{key}" in text, key
+
+
+def test_a_base_in_the_working_directory_is_recorded_with_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plans").mkdir()
+    for stated, read in (("tiny", str(tmp_path / "tiny")), ("./tiny", str(tmp_path / "plans" / "tiny")), ("owner/name", "owner/name")):
+        plan = load(tmp_path / "plans", f"method: average\nadapters: [{{path: a}}]\nbase: {{id: {stated}}}\n")
+        assert isinstance(plan, Average)
+        assert plan.base.id == read
