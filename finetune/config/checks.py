@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from finetune.config import (
+    compile_checks,
     data_checks,
     distributed_checks,
     evaluation_checks,
@@ -47,6 +48,7 @@ _CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     schedule_checks.warmup,
     schedule_checks.decay,
     distributed_checks.strategy,
+    compile_checks.compiled,
     data_checks.columns,
     data_checks.facts,
     data_checks.twice,

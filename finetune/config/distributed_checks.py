@@ -30,4 +30,6 @@ def unspreadable(config: Config) -> tuple[str, str, KeyPath] | None:
         return "8-bit weights carry scales that cannot be spread", "set `quantization: {method: nf4}`", ("quantization", "method")
     if isinstance(base, FourBit) and isinstance(tuning, Lora) and tuning.dora:
         return "DoRA reads 4-bit weights in a way that loses their scales once they are spread", "remove `dora`", ("tuning", "dora")
+    if config.train.compile:
+        return "compiled blocks are not gathered from other devices", "remove `train.compile`", ("train", "compile")
     return None

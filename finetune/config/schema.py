@@ -209,6 +209,10 @@ class Train(Section):
     kernels: Literal["auto", "plain"] = "auto"
     """`auto`: examples laid end to end without padding, and LoRA's arithmetic in one function, wherever a probe of the model finds them
     exact. `plain`: padded batches and the libraries' own arithmetic."""
+    compile: bool = False
+    """Train decoder blocks as kernels that torch.compile makes: the first steps take a minute longer, later ones less. Needs a C++
+    compiler, and Triton on a GPU. Not with `gradient_checkpointing: offload` or `strategy: fsdp`; on a CPU, with no checkpointing, and
+    with `kernels: plain` where several cores train."""
     max_grad_norm: Positive | None = 1.0
     """Clip the gradient's global norm; null: never."""
     evaluate: EveryEpoch = EveryEpoch()

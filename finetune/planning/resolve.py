@@ -75,7 +75,8 @@ def resolve(config: Config, machine: Machine, crowd: Crowd | None = None, sizes:
         strategy=Choice(*choose_strategy(config, machine, _BYTES[compute_dtype.value], crowd)),
         optimizer=_optimizer(config, machine),
     )
-    if config.train.gradient_checkpointing == "auto" and machine.kind == "cuda" and resolved.gradient_checkpointing.value:
+    may_offload = machine.kind == "cuda" and not config.train.compile  # which does not compose with it
+    if config.train.gradient_checkpointing == "auto" and may_offload and resolved.gradient_checkpointing.value:
         return _offloaded(resolved, config, machine, crowd.world, sizes or sizes_of(config))
     return resolved
 

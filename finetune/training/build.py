@@ -18,6 +18,7 @@ from finetune.errors import ConfigError
 from finetune.hardware import available_memory, crowd_size
 from finetune.model.adapters import attach, name_base
 from finetune.model.builtin import public_name
+from finetune.model.compiled import compile_blocks, require_compiler
 from finetune.model.computed_start import StartReport
 from finetune.model.drawn import apply_eva, draw_orthogonal
 from finetune.model.fast import Accelerated, accelerate
@@ -33,6 +34,7 @@ from finetune.model.tokens import enlarge
 from finetune.planning.placement import require_gpu_to_offload
 from finetune.planning.resolve import Resolved
 from finetune.scoring import Scorer
+from finetune.training.lanes import can_share
 
 _HOST_SHARE = 0.8
 """Of the host memory that is free once the model is built, for hidden states that wait there; paged states may take the rest."""
@@ -62,6 +64,8 @@ class Built:
     """`tuning.init.method`."""
     accelerated: Accelerated | None
     """What `train.kernels: auto` switched on."""
+    compiled: int = 0
+    """Blocks that torch.compile compiles when they first run."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -82,7 +86,7 @@ def build_model(config: Config, materials: Materials, device: torch.device, resu
     ``resumed`` is the run directory whose base is to be rebuilt instead of initialized anew.
     """
     base, resolved = materials.base, materials.resolved
-    require_gpu_to_offload(resolved, "cuda" if torch.cuda.is_available() else "cpu")
+    _require_device(config, resolved)
     _require_types(config, resolved)
     dtype = storage_dtype(config.quantization, resolved)
     require_agreement(base, config.quantization, config.tuning)
@@ -98,15 +102,16 @@ def build_model(config: Config, materials: Materials, device: torch.device, resu
     _set_checkpointing(model, resolved)
     # a model that will be spread over devices is on the host until then
     fast = accelerate(model, config.tuning, pack=resolved.strategy.value != "fsdp") if config.train.kernels == "auto" else None
+    compiled = _compiled(model, config, device)
     if on_host:
         return_freed_memory()
     if not isinstance(config.tuning, Lora):
-        return Built(model, None, "default", fast)
+        return Built(model, None, "default", fast, compiled)
     method = config.tuning.init.method
     if resumed is not None:
         _restore(model, config, materials, resumed)
-        return Built(model, None, method, fast)
-    return Built(model, _start(model, config, materials, device), method, fast)
+        return Built(model, None, method, fast, compiled)
+    return Built(model, _start(model, config, materials, device), method, fast, compiled)
 
 
 def _set_checkpointing(model: Any, resolved: Resolved) -> None:
@@ -116,6 +121,35 @@ def _set_checkpointing(model: Any, resolved: Resolved) -> None:
             checkpoint_blocks(model, PinnedMemory(int(_HOST_SHARE * available_memory() / processes)))
         case True:
             checkpoint_blocks(model)
+
+
+def _require_device(config: Config, resolved: Resolved) -> None:
+    """What `offload` and `compile` need of the device that computes, wherever the model is built."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    require_gpu_to_offload(resolved, kind)
+    if not config.train.compile:
+        return
+    require_compiler(kind)
+    if kind == "cpu" and resolved.gradient_checkpointing.value:
+        raise ConfigError(
+            "on a CPU nothing of a checkpointed block is compiled: its attention is not, and a checkpoint is compiled whole or not at all",
+            where="train.compile",
+            fix="set `gradient_checkpointing: false`, or remove `compile`",
+        )
+
+
+def _compiled(model: Any, config: Config, device: torch.device) -> int:
+    """Let blocks be compiled where that is asked for; returns how many are."""
+    if not config.train.compile:
+        return 0
+    if torch.get_num_threads() > 1 and can_share(Scorer(model, device, "fp32"), crowd_size()[0]):
+        raise ConfigError(
+            "the cores of this CPU each compute micro-batches of their own, and torch compiles for one thread at a time: what is compiled, "
+            "and so the rounding, would be left to chance",
+            where="train.compile",
+            fix="remove it, which is faster here; or set `kernels: plain`, or OMP_NUM_THREADS=1",
+        )
+    return compile_blocks(model)
 
 
 def _require_types(config: Config, resolved: Resolved) -> None:

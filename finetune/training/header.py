@@ -44,6 +44,7 @@ def started(config: Config, parts: Parts, accelerator: Any, start: Start) -> Sta
             **({"optimizer": (resolved.optimizer.value, resolved.optimizer.reason)} if config.optimizer.method == "auto" else {}),
             "gradient checkpointing": (_WORDS[resolved.gradient_checkpointing.value], resolved.gradient_checkpointing.reason),
             "kernels": _kernels(parts.built),
+            **({"compiled": (f"{parts.built.compiled} blocks", "stated in train.compile")} if parts.built.compiled else {}),
         },
         notes=(*start.notes, *parts.built.notes),
         device=f"{accelerator.num_processes} x {accelerator.device.type}, base {config.quantization.method}",

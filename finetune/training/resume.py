@@ -33,7 +33,7 @@ _LENGTH = ("train.epochs", "train.max_steps")
 _ACCEPTABLE = (
     *(f"optimizer.{name}" for name in ("learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "groups", "lora_plus_ratio")),
     *("schedule", "tuning.dropout", "data", "model.id", "model.revision"),
-    *(f"train.{name}" for name in ("max_grad_norm", "evaluate", "early_stopping", "kernels")),
+    *(f"train.{name}" for name in ("max_grad_norm", "evaluate", "early_stopping", "kernels", "compile")),
     *(f"fingerprints.{name}" for name in ("data", "base", "chat template")),
 )
 """What a run can go on with although it changed, if the user says so. All else has no meaning for the weights and states on disk."""

@@ -235,6 +235,24 @@ CASES: list[tuple[str, dict[str, str], str, str]] = [
         "gradient_checkpointing",
     ),
     (
+        "prefix with offload",
+        {"tuning": "{method: prefix}", "train": "{gradient_checkpointing: offload}"},
+        "gradient checkpointing would lose",
+        "gradient_checkpointing",
+    ),
+    (
+        "compiled and offloaded",
+        {"train": "{compile: true, gradient_checkpointing: offload}"},
+        "`offload` moves what lies between them",
+        "compile",
+    ),
+    (
+        "compiled and spread",
+        {"train": "{compile: true}", "distributed": "{strategy: fsdp}"},
+        "compiled blocks are not gathered",
+        "strategy",
+    ),
+    (
         "new tokens twice",
         {"model": "{id: owner/name, new_tokens: ['<a>', '<b>', '<a>']}", "tuning": "{method: lora, embeddings: new-tokens}"},
         "`<a>` is added twice",
@@ -427,6 +445,8 @@ FINE = {
     "Muon's momentum": {"optimizer": "{method: muon, beta1: 0.95, epsilon: 1e-6}"},
     "bf16 weights and paged states": {"optimizer": "{method: paged-adamw-8bit}", "train": "{trainable_dtype: bf16}"},
     "prefix, checkpointing left open": {"tuning": "{method: prefix, tokens: 8}", "train": "{gradient_checkpointing: auto}"},
+    "compiled and checkpointed": {"train": "{compile: true, gradient_checkpointing: true}"},
+    "prompt with offload": {"tuning": "{method: prompt, text: Answer.}", "train": "{gradient_checkpointing: offload}"},
     "prompt with checkpointing": {"tuning": "{method: prompt, text: Answer.}", "train": "{gradient_checkpointing: true}"},
     "rates of norms": {"tuning": "{method: norm}", "optimizer": "{groups: {norms: {lr_ratio: 2}}}"},
     "AdaLoRA": {"tuning": "{method: adalora, rank: 8, init_rank: 12}"},

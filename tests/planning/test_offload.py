@@ -86,6 +86,10 @@ def test_a_stated_micro_batch_is_offloaded_for(tmp_path: Path) -> None:
     assert "hold a micro-batch in no other way" in choice.reason
 
 
+def test_compiled_blocks_are_not_offloaded(tmp_path: Path) -> None:
+    assert resolve(config_of(tmp_path, "train.compile=true"), machine_of_size(48)).gradient_checkpointing.value is True
+
+
 @pytest.mark.parametrize("model", ["somebody/unknown-9b", "./nowhere"])
 def test_a_model_of_unknown_shape_is_not_offloaded(model: str, tmp_path: Path) -> None:
     assert resolve(config_of(tmp_path, f"model.id={model}"), machine_of_size(24)).gradient_checkpointing.value is True
