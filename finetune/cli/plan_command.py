@@ -136,6 +136,10 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
+def _switched(value: bool | str) -> str:
+    return value if isinstance(value, str) else "on" if value else "off"
+
+
 def _verdict(plan: Plan, width: int) -> str:
     here, choices = plan.here, plan.here.resolved
     have = f"{_size(here.claims)} of {_size(here.machine.memory_bytes)}"
@@ -146,7 +150,7 @@ def _verdict(plan: Plan, width: int) -> str:
         )
     if here.memory.spillable and here.fits and here.claims > here.machine.memory_bytes:
         lines.append(f"{_size(here.memory.spillable)} of it, states of the optimizer, may spill to host memory")
-    checkpointing = "on" if choices.gradient_checkpointing.value else "off"
+    checkpointing = _switched(choices.gradient_checkpointing.value)
     lines += [
         f"micro-batch: {_micro_batch(here)} ({choices.tokens_per_device.reason})",
         f"precision: {choices.precision.value} ({choices.precision.reason})",

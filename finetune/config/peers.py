@@ -138,6 +138,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "torch_dtype": ("train.precision", "bf16"),
     "dtype": ("train.precision", "bf16"),
     "pure_bf16": ("train.trainable_dtype", "bf16"),
+    "torch_compile": ("train.compile", "true"),
     "use_gradient_checkpointing": ("train.gradient_checkpointing", "true"),
     "max_gradient_norm": ("train.max_grad_norm", ""),
     "gradient_clipping": ("train.max_grad_norm", ""),

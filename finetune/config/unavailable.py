@@ -39,7 +39,6 @@ KEYS: frozenset[str] = frozenset(
         "flash_attention",
         "flash_attn",
         "attn_implementation",
-        "torch_compile",
         "use_liger_kernel",
     }
     | {

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 _FP32 = 4
 _BLOCK, _OUTER_BLOCK = 64, 256
 """Weights of 4 bits that share a constant, and constants that share one (2305.14314, section 3)."""
-_ROWS, _TRAINED_ROWS = 128, 256
-"""Supervised positions whose logits exist at a time, with a frozen head and with one that trains (`finetune.model.head`)."""
+_ROWS = 256
+"""Supervised positions whose logits exist at a time (`finetune.model.head`)."""
+_WIDE_ROWS = {"cpu": 32, "cuda": 128}
+"""Of them, those that are in fp32 at a time over a frozen head (`finetune.model.frozen_head`)."""
 _GATHERED = 2
 """Blocks that are whole at a time where they are spread: the one that computes, and the next."""
 _LARGEST_SHARE = 0.1
@@ -276,15 +278,15 @@ def _passing(shape: ModelShape, parameters: Parameters, config: Config, setting:
 
 
 def _logits(shape: ModelShape, config: Config, how: Arithmetic) -> float:
-    """One chunk: logits as the product gives them, in fp32, and the next or the exponentials beside them."""
+    """One chunk: logits as the product gives them, and those that are in fp32 at a time; with a head that trains all, thrice."""
     narrow = how.product if how.product < _FP32 else 0
     tuning = config.tuning
     whole = isinstance(tuning, Full) and not isinstance(tuning.targets, SpectrumTargets)
     trains = whole or (shape.tied and isinstance(tuning, Lora) and tuning.embeddings == "full")
     if not trains and shape.family not in CAPPED:
-        return _ROWS * shape.vocab * (narrow + 2 * _FP32)
+        return shape.vocab * (_ROWS * how.product + (_WIDE_ROWS[how.kind] * _FP32 if narrow else 0))
     weight = shape.vocab * shape.hidden * (2 * how.product + _FP32) if trains else 0
-    return _TRAINED_ROWS * shape.vocab * (2 * narrow + 3 * _FP32) + weight
+    return _ROWS * shape.vocab * (2 * narrow + 3 * _FP32) + weight
 
 
 def _unpacked(shape: ModelShape, config: Config, setting: Setting) -> int:

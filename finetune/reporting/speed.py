@@ -14,7 +14,7 @@ from finetune.planning.throughput import Speed, measured_speed
 from finetune.runs import RunDirectory
 from finetune.sealed import read_json
 
-_OF_TRAIN = {"batch_size", "tokens_per_device", "precision", "trainable_dtype", "gradient_checkpointing", "kernels"}
+_OF_TRAIN = {"batch_size", "tokens_per_device", "precision", "trainable_dtype", "gradient_checkpointing", "kernels", "compile"}
 
 
 def speed_of_run(config: Config, machine: Machine, world: int) -> Speed | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.config.schema import Config
@@ -13,6 +13,7 @@ from finetune.data.render import Renderer
 from finetune.hardware import crowd_size, detect
 from finetune.model.builtin import resolve_model
 from finetune.model.load import load_tokenizer
+from finetune.planning.checkpointing import sizes_of
 from finetune.planning.resolve import Resolved, resolve
 from finetune.planning.steps import Steps, count_steps
 from finetune.planning.strategy import Crowd, read_weights
@@ -41,4 +42,7 @@ def gather(config: Config, progress: Callable[[str, int, int], None] = lambda *_
     data = prepare(config.data, renderer, config.seed, progress)
     remember(note, data.report)
     crowd = Crowd(read_weights(base), *crowd_size())
-    return Inputs(base, renderer, data, resolve(config, detect(), crowd), count_steps(config, len(data.train)))
+    sizes = sizes_of(config)
+    if sizes is not None:  # the data is known now: what it needs, and not what it might
+        sizes = replace(sizes, longest=int(data.train.lengths.max()))
+    return Inputs(base, renderer, data, resolve(config, detect(), crowd, sizes), count_steps(config, len(data.train)))

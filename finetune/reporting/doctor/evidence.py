@@ -130,8 +130,8 @@ class Evidence:
     data: DataReport
     device: Device
     tokens_per_device: int
-    checkpointing: bool
-    """Whether activations were recomputed."""
+    checkpointing: bool | Literal["offload"]
+    """Whether activations were recomputed; ``offload``: from hidden states in host memory."""
     figures: tuple[Mapping[str, Any], ...] | str
     """Of the last evaluation: name, unit, n, values by system, better; since version 0.2 intervals and changes."""
     modules: tuple[Module, ...] | str
@@ -176,7 +176,7 @@ def _typed(
         data=DataReport.from_dict(plan["data"]),
         device=_device(environment),
         tokens_per_device=int(plan["resolved"]["tokens_per_device"]["value"]),
-        checkpointing=bool(plan["resolved"]["gradient_checkpointing"]["value"]),
+        checkpointing=plan["resolved"]["gradient_checkpointing"]["value"],
         figures=_figures(run),
         modules=modules if isinstance(modules, str) else tuple(modules),
         drift=drift,
