@@ -105,11 +105,15 @@ def seal(directory: Path) -> None:
     write_json(directory / MANIFEST, {"sha256": hashes})
 
 
-def verify(directory: Path) -> None:
-    """VerificationError unless every file of ``directory`` is there with the sha256 of its manifest, and no other file is."""
+COPY_AGAIN = "copy the adapter again from where it was trained"
+"""What to do about a sealed adapter that is not as it was written."""
+
+
+def verify(directory: Path, fix: str = "the run's other checkpoints still resume: see --resume") -> None:
+    """VerificationError, with ``fix``, unless every file of ``directory`` has the sha256 of its manifest, and there is no other."""
     hashes = read_json(directory / MANIFEST).get("sha256")
     if not isinstance(hashes, dict):
-        raise VerificationError("the manifest has no hashes", where=str(directory), fix="use another checkpoint")
+        raise VerificationError("the manifest has no hashes", where=str(directory), fix=fix)
     present = {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir() and path.name != MANIFEST}
     for name in sorted(present | set(hashes)):
         wrong = _wrong(directory / name, hashes.get(name), present=name in present)
@@ -117,7 +121,7 @@ def verify(directory: Path) -> None:
             raise VerificationError(
                 f"{name} is not the file that was saved: {wrong}",
                 where=str(directory),
-                fix="the run's other checkpoints still resume: see --resume",
+                fix=fix,
             )
 
 

@@ -28,7 +28,7 @@ def start_of(path: KeyPath, value: str, directory: Path) -> Path | None:
     """
     if is_path(path, value):
         return directory
-    is_model = path == ("model", "id") and os.path.isfile(os.path.join(value, "config.json"))  # noqa: PTH113, PTH118 - false for any text
+    is_model = path == ("model", "id") and value and os.path.isfile(os.path.join(value, "config.json"))  # noqa: PTH113, PTH118 - false for any text
     return Path.cwd() if is_model else None
 
 

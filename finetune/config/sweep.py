@@ -209,10 +209,12 @@ def _unknown_figures(sweep: Sweep, found: Sequence[tuple[Case, Loaded]], tree: N
     for path, name in {("select",): sweep.select, **columns}.items():
         for case, loaded in found:
             known = figure_names(loaded.config) if sweep.evaluate else trained_names(loaded.config)
-            if known and general_name(name) not in known:
+            if known is not None and general_name(name) not in known:
                 place, meant = tree.nearest(path).at, nearest(name, known)
-                fix = f"did you mean {meant!r}?" if meant else f"there are: {', '.join(sorted(known))}"
-                yield Problem(f"run {case.run.name} will have no figure called {name!r}", str(place), fix, place.excerpt())
+                there = f"there are: {', '.join(sorted(known))}" if known else "give it data.validation, or let it be evaluated"
+                fix = f"did you mean {meant!r}?" if meant else there
+                what = f"run {case.run.name} will have no figure called {name!r}, which `{path[0]}` names"
+                yield Problem(what, str(place), fix, place.excerpt())
                 break
 
 

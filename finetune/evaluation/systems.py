@@ -31,7 +31,7 @@ from finetune.model.start import before_training
 from finetune.model.tokens import enlarge, token_ids
 from finetune.runs import open_run
 from finetune.scoring import Scorer
-from finetune.sealed import MANIFEST, read_json, sha256_of, verify
+from finetune.sealed import COPY_AGAIN, MANIFEST, read_json, sha256_of, verify
 
 _TOKENS = {"cpu": 1024, "cuda": 8192}
 """Of a batch, where nothing says otherwise; what training takes too."""
@@ -131,7 +131,7 @@ class _Base:
 
 def _adapter(path: Path, settings: Evaluation, base: str | None) -> Opened:
     if (path / MANIFEST).is_file():
-        verify(path)
+        verify(path, COPY_AGAIN)
     stated = _stated_base(path, base)
     directory = _found_base(stated, path)
     if stated.fingerprint not in (None, fingerprint(directory)):

@@ -32,7 +32,7 @@ from finetune.model.tokens import token_ids
 from finetune.model.weights import Weights
 from finetune.planning.resolve import resolve
 from finetune.runs import RunDirectory, open_run
-from finetune.sealed import read_json, sha256_of
+from finetune.sealed import COPY_AGAIN, MANIFEST, read_json, sha256_of, verify
 
 _ROWS = 256
 """Validation rows that a combination is verified on, in all."""
@@ -101,7 +101,7 @@ def find_members(plan: Plan) -> Members:
         run = _run_of(path)
         found.append((path, weight, run))
     runs = {run.path: load_config(run.config).config for _, _, run in found if run is not None}
-    records = {path: base_of_adapter(path) for path, _, run in found if run is None}
+    records = {path: _record_of(path) for path, _, run in found if run is None}
     stated = [(config.model.id, config.model.revision) for config in runs.values()]
     stated += [(record.id, record.revision) for record in records.values() if record is not None]
     if base is None and not stated:
@@ -165,6 +165,13 @@ def _from_run(run: RunDirectory, config: Config, weight: float, base: Base) -> M
     rows, _ = load_rows(run.rows)
     member = Member(str(run.path), weight, source, tuple(config.model.new_tokens), rows, sha256_of(directory / WEIGHTS), True)
     return replace(member, base_fingerprint=records["identity"]["fingerprints"]["base"])
+
+
+def _record_of(path: Path) -> RecordedBase | None:
+    """What the adapter at ``path`` says of its base, once it is known to be as it was written (pitfall A4)."""
+    if (path / MANIFEST).is_file():
+        verify(path, COPY_AGAIN)
+    return base_of_adapter(path)
 
 
 def _from_adapter(path: Path, record: RecordedBase | None, plain: MergeSource, weight: float) -> Member:

@@ -142,7 +142,7 @@ def _weights(rows: Tensor, keys: Tensor, scale: float) -> Tensor:
     mask, seen = _mask(rows.shape[1], rows.dtype), keys.shape[1]
     if seen <= KEEP:  # in the product itself: a pass less over the scores
         return torch.softmax(torch.baddbmm(mask[:, -seen:], rows, keys.transpose(1, 2), alpha=scale), -1)
-    scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(scale)
+    scores = torch.baddbmm(mask.new_empty(1), rows, keys.transpose(1, 2), beta=0, alpha=scale)
     scores[..., -TILE:].add_(mask[:, -TILE:])
     return torch.softmax(scores, -1)
 

@@ -1,15 +1,11 @@
-"""Where the rows of packed examples lie while they are attended on a CPU: in tiles, each example beginning at one of its own.
-
-All products have one of few shapes and strides, whatever the lengths of the examples: for each new one oneDNN compiles a kernel, which
-takes 1 ms and keeps 0.65 MB.
-"""
+"""Where the rows of packed examples lie while they are attended on a CPU: in tiles, each example beginning at one of its own."""
 
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -129,10 +125,28 @@ class Layout:
         return Seen.of(self.keys.placed(rows), self.single, self.keys.heads)
 
 
-@lru_cache(maxsize=8)
+class _Recent(threading.local):
+    """Of each thread, which computes one micro-batch at a time: the layouts of the last one, by heads and groups."""
+
+    bounds: tuple[int, ...] = ()
+    layouts: dict[tuple[int, int], Layout]
+
+
+_recent = _Recent()
+
+
 def layout_of(bounds: tuple[int, ...], heads: int, groups: int) -> Layout:
-    """The layout of examples between ``bounds``, those of a single tile first; all layers of a micro-batch ask for the same one."""
-    examples = list(itertools.pairwise(bounds))
+    """The layout of examples between ``bounds``; all layers of a micro-batch ask for the same one."""
+    if _recent.bounds != bounds:
+        _recent.bounds, _recent.layouts = bounds, {}
+    if (heads, groups) not in _recent.layouts:
+        _recent.layouts[heads, groups] = _layout(bounds, heads, groups)
+    return _recent.layouts[heads, groups]
+
+
+def _layout(bounds: tuple[int, ...], heads: int, groups: int) -> Layout:
+    """Those of a single tile first."""
+    examples = [(start, end) for start, end in itertools.pairwise(bounds) if end > start]
     short = [(start, end) for start, end in examples if end - start <= TILE]
     long = [(start, end) for start, end in examples if end - start > TILE]
     rows = [torch.arange(start, start + -(-(end - start) // TILE) * TILE) for start, end in (*short, *long)]

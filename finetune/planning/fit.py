@@ -153,7 +153,7 @@ def _checkpointing(config: Config, setting: Setting) -> Iterator[_Option]:
     again = "activations are computed again: the same result, a third slower"
     if not setting.checkpointing:
         yield _Option(_CHECKPOINTING, again, ("train.gradient_checkpointing=true",), {"checkpointing": True})
-    if not setting.offload and setting.kind == "cuda":
+    if not setting.offload and setting.kind == "cuda" and not config.train.compile:  # which does not compose with it
         cost = ("" if setting.checkpointing else f"{again}; ") + "hidden states wait in host memory: the same result, slower"
         override = ("train.gradient_checkpointing=offload",)
         yield _Option(_OFFLOADED, cost, override, {"checkpointing": True, "offload": True})

@@ -36,7 +36,7 @@ from finetune.planning.resolve import Resolved
 from finetune.scoring import Scorer
 from finetune.training.lanes import can_share
 
-_HOST_SHARE = 0.8
+_HOST_SHARE = 0.4
 """Of the host memory that is free once the model is built, for hidden states that wait there; paged states may take the rest."""
 
 

@@ -20,6 +20,8 @@ from finetune.scoring import Scorer
 
 MOST = 32768
 """Tokens beyond which a larger micro-batch is no faster."""
+_SHOWN = 200
+"""Characters of an error of torch, which goes on with advice of its own."""
 _SHARE = 0.9
 """Of the free memory: the rest is for what the allocator cannot use."""
 
@@ -74,18 +76,23 @@ def _halved(measure: Measure, budget: int, longest: int) -> Choice[int]:
         measure(half)
     except torch.OutOfMemoryError as error:
         raise HardwareError(
-            f"the device ran out of memory with micro-batches of {budget} and of {half} tokens",
+            f"memory ran out with micro-batches of {budget} and of {half} tokens: {what_ran_out(error)}",
             where="train.tokens_per_device",
-            fix=f"set it: -o train.tokens_per_device={max(longest, half // 2)}",
+            fix=f"set it: -o train.tokens_per_device={2 * longest}, which fitted",
         ) from error
     return Choice(half, f"half of {budget}, which the measurement promised and the device did not hold")
+
+
+def what_ran_out(error: torch.OutOfMemoryError) -> str:
+    """What ran out: the device, or the host memory in which hidden states wait."""
+    return str(error).partition("\n")[0][:_SHOWN] or "out of memory"
 
 
 def _too_long(longest: int) -> HardwareError:
     return HardwareError(
         f"one example of {longest} tokens does not fit on the device",
         where="data.max_tokens",
-        fix="lower it, or set quantization.method: nf4 or train.gradient_checkpointing: true",
+        fix="lower it, or set quantization.method: nf4, train.gradient_checkpointing: true or, beyond that, offload",
     )
 
 

@@ -54,7 +54,7 @@ from finetune.training.metrics import (
     ignore,
 )
 from finetune.training.optimizer import build_optimizer
-from finetune.training.probe import probe_gpu
+from finetune.training.probe import probe_gpu, what_ran_out
 from finetune.training.records import Parts, Request, Start, begin, failure_noted, require_room, run_id
 from finetune.training.resume import identity, same_settings
 from finetune.training.samples import Sampler, make_sampler
@@ -270,7 +270,7 @@ def _fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
     except torch.OutOfMemoryError as error:
         budget = session.scorer.max_tokens
         raise HardwareError(
-            f"the device ran out of memory with micro-batches of {budget} tokens",
+            f"memory ran out with micro-batches of {budget} tokens: {what_ran_out(error)}",
             where=session.config.output,
             fix=f"finetune train {session.config.output}/config.yaml --resume -o train.tokens_per_device={max(16, budget // 2)}",
         ) from error

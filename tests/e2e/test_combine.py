@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune import api
 from finetune.errors import ConfigError, VerificationError
-from finetune.sealed import verify
+from finetune.sealed import seal, verify
 
 Run = Callable[..., Any]
 Write = Callable[..., Path]
@@ -212,7 +212,8 @@ def test_b7_a_result_that_is_not_the_combination_is_not_kept(train_two: Run, tmp
 def test_adapters_without_a_run_need_a_base_and_say_what_is_assumed(train_two: Run, tmp_path: Path, tiny_model_dir: Path) -> None:
     (run,) = train_two({})
     shutil.copytree(run / "adapter", tmp_path / "copy")
-    (tmp_path / "copy" / "training.json").unlink()  # as of another tool
+    for name in ("training.json", "MANIFEST.json"):  # as of another tool
+        (tmp_path / "copy" / name).unlink()
     with pytest.raises(ConfigError, match="the base is not known"):
         api.combine(write_plan(tmp_path, [tmp_path / "copy"], method="average"), tmp_path / "out")
     report = api.combine(write_plan(tmp_path, [tmp_path / "copy"], method="average", base={"id": str(tiny_model_dir)}), tmp_path / "out")
@@ -233,8 +234,14 @@ def test_a_copied_adapter_combines_on_the_base_that_it_records(train_two: Run, f
     one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("of-run", "of-copy"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     record = json.loads((tmp_path / "copy" / "training.json").read_text())
-    for changed, code in (({"fingerprint": "0" * 64}, 2), ({"dtype": "int3"}, 6)):
+    for changed, sealed, code in (
+        ({"fingerprint": "0" * 64}, False, 6),
+        ({"fingerprint": "0" * 64}, True, 2),
+        ({"dtype": "int3"}, True, 6),
+    ):
         (tmp_path / "copy" / "training.json").write_text(json.dumps(record | {"base": record["base"] | changed}))
+        if sealed:
+            seal(tmp_path / "copy")
         done = finetune("combine", tmp_path / "plan.yaml", "-O", tmp_path / "other")
         assert done.code == code, done.err
         assert not (tmp_path / "other").exists()

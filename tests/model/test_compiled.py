@@ -5,6 +5,8 @@ Most tests take what torch.compile captures without making kernels of it (`aot_e
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from tests.training.test_batching_property import made
 CPU, BLOCKS, PLAIN = torch.device("cpu"), 2, NoQuantization()
 EXAMPLES = made([(9, 30), (4, 50), (20, 11), (3, 7), (40, 2), (5, 60), (30, 30), (1, 80)])
 FIRST, LATER = ((0, 1, 2), (3,), (4, 5), (6, 7, 0)), ((0,), (1, 2, 3, 4), (7, 6), (2,), (0, 4, 7))
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler, which torch.compile needs")
 TUNING = {"method": "lora", "rank": 4, "alpha": 8, "targets": "all-linear"}
 
 
@@ -130,6 +133,7 @@ def test_names_of_tensors_and_evaluation_stay_as_they_are(tiny_model_dir: Path) 
     assert graphs() == 0
 
 
+@needs_compiler
 def test_kernels_that_a_compiler_made_give_the_same(tiny_model_dir: Path) -> None:
     eager, compiled = (build(tiny_model_dir, fast=False) for _ in range(2))
     compile_blocks(compiled)
@@ -140,6 +144,7 @@ def test_kernels_that_a_compiler_made_give_the_same(tiny_model_dir: Path) -> Non
 
 
 def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", sys.executable)  # stands for one that is there
     require_compiler("cpu")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(HardwareError, match=r"needs a C\+\+ compiler, and there is no no-such-compiler"):
@@ -205,6 +210,7 @@ def test_a_checkpointed_block_is_one_graph_where_attention_is_an_operation(tiny_
     assert not counters["graph_break"]
 
 
+@needs_compiler
 def test_a2_a_resumed_run_is_the_whole_one_bit_by_bit(write_config: Any, train_here: Any, tmp_path: Path) -> None:
     train = {"epochs": 4, "max_steps": 4, "batch_size": 8, "precision": "fp32", "checkpoint": {"every_steps": 2}}
     path = write_config(train=train | {"compile": True, "kernels": "plain"}, schedule={"method": "constant"})
