@@ -188,23 +188,23 @@ def test_a_run_of_an_older_version_has_a_page_too(make_run: Make) -> None:
     assert [chart["title"] for chart in json.loads(page.scripts[0])["charts"]][-1] == "Throughput"
 
 
-def test_a_second_trained_model_is_shown_against_the_first(make_run: Make) -> None:
-    run = make_run()
+def figure_changed(run: RunDirectory, **changes: Any) -> str:
+    """The words of the page of ``run`` whose first figure has ``changes``."""
     results: dict[str, Any] = json.loads((run.evaluations / "results.json").read_text())
-    one = results["figures"][0]
-    one["between"] = {"tuned": {"difference": 0.125, "low": 0.0625, "high": 0.1875, "p": 0.01, "verdict": "worse"}}
+    results["figures"][0] |= changes
     (run.evaluations / "results.json").write_text(json.dumps(results))
-    text = " ".join(parsed(run).text.split())
+    return " ".join(parsed(run).text.split())
+
+
+def test_a_second_trained_model_is_shown_against_the_first(make_run: Make) -> None:
+    change = {"difference": 0.125, "low": 0.0625, "high": 0.1875, "p": 0.01, "verdict": "worse"}
+    text = figure_changed(make_run(), between={"tuned": change})
     assert text.count("against the first trained: +0.125 (+0.062 to +0.188); worse") == 1
 
 
 def test_a_change_that_is_told_from_zero_is_seen_to_be(make_run: Make) -> None:
-    run = make_run()
-    results: dict[str, Any] = json.loads((run.evaluations / "results.json").read_text())
-    one = results["figures"][0]
-    one["changes"] = {"tuned": {"difference": 0.0013, "low": 0.0001, "high": 0.0025, "p": 0.01, "verdict": "worse"}}
-    (run.evaluations / "results.json").write_text(json.dumps(results))
-    assert "+0.0013 (+0.0001 to +0.0025)" in " ".join(parsed(run).text.split())  # not +0.000 to +0.003
+    change = {"difference": 0.0013, "low": 0.0001, "high": 0.0025, "p": 0.01, "verdict": "worse"}
+    assert "+0.0013 (+0.0001 to +0.0025)" in figure_changed(make_run(), changes={"tuned": change})  # not +0.000 to +0.003
 
 
 def test_several_runs_are_compared(make_run: Make, tmp_path: Path) -> None:
