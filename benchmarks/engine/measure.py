@@ -75,6 +75,7 @@ def run(
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
         _kill(process.pid)
+        deadline.cancel()  # a timer that waits would keep this program
         raise
     process.returncode = os.waitstatus_to_exitcode(status)
     wall, after = time.perf_counter() - began, psutil.cpu_times()
