@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
+from finetune.process import loading
+
 if TYPE_CHECKING:
     from finetune.analysis.analyze import Analysis
     from finetune.analysis.signal import SignalReport
@@ -79,8 +81,8 @@ def plan(config: Config, *, gpu: int | None = None, devices: int = 1, tokens_per
 
 def prepare_data(config: Config, progress: Callable[[str, int, int], None] = lambda *_: None) -> Inputs:
     """The renderer, the examples and the report on them, as `train` would see them; ``progress(stage, done, of)`` follows the work."""
-    _prepare_process()
-    from finetune.training.inputs import gather
+    with loading():
+        from finetune.training.inputs import gather
 
     return gather(config, progress)
 
@@ -102,17 +104,17 @@ def train(
 ) -> RunDirectory:
     """Train as ``config`` says; returns the finished run directory. ``accept``: keys that may have changed since it was begun;
     ``origins``: where its values came from (`load_config(...).origins`), which the run's report shows."""
-    _prepare_process()
-    from finetune.training.metrics import ignore
-    from finetune.training.train import train as run_training
+    with loading():
+        from finetune.training.metrics import ignore
+        from finetune.training.train import train as run_training
 
     return run_training(config, observer or ignore, resume=resume, accept=accept, origins=origins)
 
 
 def launch(arguments: Sequence[str], devices: int | None) -> int | None:
     """Start one worker a device where more than one is wanted; returns their exit code, or None where this process is to train alone."""
-    _prepare_process()
-    from finetune.training.launch import launch as start_workers
+    with loading():
+        from finetune.training.launch import launch as start_workers
 
     return start_workers(arguments, devices)
 
@@ -140,8 +142,8 @@ def evaluate(
     request = evaluation_request([target, *others], overrides, further.get("settings"), base=further.get("base"), name=further.get("name"))
     progress, notice = further.get("progress"), further.get("notice")
     pending = [request.replaces] if request.replaces and notice else []
-    _prepare_process()
-    from finetune.evaluation.evaluate import evaluate as measure
+    with loading():
+        from finetune.evaluation.evaluate import evaluate as measure
 
     def advance(task: str, system: str, count: int) -> None:
         if pending and notice:
@@ -172,9 +174,9 @@ def merge(
 
     found = open_run(run)
     config = load_config(found.config).config
-    _prepare_process()
-    from finetune.merging.merge import MergeOptions
-    from finetune.merging.merge_run import merge_run
+    with loading():
+        from finetune.merging.merge import MergeOptions
+        from finetune.merging.merge_run import merge_run
 
     return merge_run(found, config, destination, base=base, options=MergeOptions(**settings))
 
@@ -200,9 +202,9 @@ def export(
 
     found = open_run(run)
     config = load_config(found.config).config
-    _prepare_process()
-    from finetune.merging.exports import ExportOptions
-    from finetune.merging.merge_run import export_run
+    with loading():
+        from finetune.merging.exports import ExportOptions
+        from finetune.merging.merge_run import export_run
 
     return export_run(found, config, destination, base=base, options=ExportOptions(kind, **settings))
 
@@ -212,8 +214,8 @@ def combine(plan: Path, destination: Path, *, force: bool = False, progress: Cal
     from finetune.config.combine_file import load_plan
 
     loaded = load_plan(plan)
-    _prepare_process()
-    from finetune.merging.combine import combine as write
+    with loading():
+        from finetune.merging.combine import combine as write
 
     return write(loaded, destination, force=force, progress=progress)
 
@@ -228,8 +230,8 @@ def analyze(runs: Sequence[Path], plot: Path | None = None, progress: Callable[[
     require_analyzable(found)
     if plot:
         check_plot_path(plot)
-    _prepare_process()
-    from finetune.analysis.analyze import analyze as measure
+    with loading():
+        from finetune.analysis.analyze import analyze as measure
 
     analysis = measure(found, progress)
     if plot:
@@ -252,8 +254,8 @@ def spectrum(
     require_share(share)
     if plot:
         check_plot_path(plot)
-    _prepare_process()
-    from finetune.analysis.signal import measure_signal
+    with loading():
+        from finetune.analysis.signal import measure_signal
 
     report = measure_signal(model, share, revision, progress)
     if plot:
@@ -293,8 +295,8 @@ def sweep(planned: Planned, tell: Tell = lambda *_: None) -> tuple[Table, Path |
 
 def inventory() -> Inventory:
     """What this machine has, and what each part that is missing would give."""
-    _prepare_process()
-    from finetune.inventory import take_inventory
+    with loading():
+        from finetune.inventory import take_inventory
 
     return take_inventory()
 
@@ -353,9 +355,3 @@ def report_png(*runs: Path, directory: Path) -> list[Path]:
     from finetune.runs import open_run
 
     return write_png([open_run(run) for run in runs], directory)
-
-
-def _prepare_process() -> None:
-    from finetune.hardware import prepare_process
-
-    prepare_process()

@@ -1,24 +1,17 @@
-"""What this machine has, and the process settings that must stand before torch is loaded."""
+"""What this machine has."""
 
 from __future__ import annotations
 
-import ctypes
-import logging
 import os
 import platform
 import re
 import subprocess
-import warnings
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 _RECORDED = ("finetune", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_KERNELS_KEPT = "256"
-"""oneDNN compiles a kernel for each new shape of a product (1 ms), which takes 0.65 MB; its own limit of 1,024 is 0.7 GB. A micro-batch
-needs about 80, of which those of attention are the same for every micro-batch."""
 _PATIENCE_S = 5.0
 """For NVIDIA's tool, which takes a second where the driver sleeps."""
 _BF16_CAPABILITY = 8.0
@@ -41,31 +34,6 @@ class Machine:
         """One line for people."""
         unit = "GPU" if self.kind == "cuda" else "core"
         return f"{self.name}, {self.devices} {unit}{'s' * (self.devices != 1)}, {self.memory_bytes / 2**30:.0f} GiB"
-
-
-def prepare_process() -> None:
-    """Settings that only work before torch starts its threads and allocates.
-
-    Passive waiting: idle OpenMP threads sleep instead of spinning, which on a shared machine costs up to 2.4x in wall time. Allocation:
-    glibc keeps freed activations instead of returning them to the kernel at every step (1.03x to 1.2x of a step). Tokenizer threads:
-    off, since they dead-lock with forked workers. Compiled products: a bounded number is kept. Values that the user has set win.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # These speak of things that the user did not ask for and cannot change.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # `tuning.method: norm` is PEFT's LN tuning on a layer that it does not know by name, and works: it only multiplies weights.
-    warnings.filterwarnings("ignore", r"Unsupported layer type '.*[nN]orm", category=UserWarning, module=r"peft\.")
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def detect() -> Machine:

@@ -23,9 +23,9 @@ def forked(run: Callable[[Any], int], *modules: str) -> Iterator[int]:
 
     The child gives ``run`` what the line holds as JSON, and ends with the exit code that it returns.
     """
-    from finetune.hardware import prepare_process
+    from finetune.process import prepare
 
-    prepare_process()
+    prepare()
     for module in modules:
         import_module(f"finetune.{module}")
     for line in sys.stdin:

@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from finetune import __version__, api
+from finetune import __version__, api, process
 from finetune.cli import (
     analyze_command,
     combine_command,
@@ -141,6 +141,7 @@ def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> NoReturn:
     """Run the command line; errors become messages and exit codes."""
+    process.own()
     outlive_readers()
     for number in ASKED:
         if not stays_ignored(number):

@@ -9,7 +9,7 @@ from finetune.analysis.checks import no_factors
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.errors import VerificationError
-from finetune.hardware import prepare_process
+from finetune.process import loading
 from finetune.reporting.doctor import Diagnosis, Drift, Module, gather, write_diagnosis
 from finetune.reporting.doctor import diagnose as judge
 from finetune.reporting.doctor.evidence import Loss
@@ -31,8 +31,8 @@ def _modules(run: RunDirectory, config: Config) -> list[Module] | str:
     """What the adapter of ``run`` tells of its modules, or why it tells nothing."""
     if why := no_factors(run, config):
         return why
-    prepare_process()
-    from finetune.analysis.used_rank import used_ranks  # torch, which a run without an adapter does not need
+    with loading():
+        from finetune.analysis.used_rank import used_ranks  # torch, which a run without an adapter does not need
 
     try:
         return [Module(one.module, one.role, one.rank, one.effective_rank, one.size) for one in used_ranks(run, config)]
@@ -42,8 +42,8 @@ def _modules(run: RunDirectory, config: Config) -> list[Module] | str:
 
 def _drift(run: RunDirectory, config: Config, newer: Path, progress: Progress) -> Drift:
     """``run`` on ``newer`` data."""
-    prepare_process()
-    from finetune.evaluation.drift import Ratio, compare
+    with loading():
+        from finetune.evaluation.drift import Ratio, compare
 
     def loss(ratio: Ratio) -> Loss:
         return Loss(ratio.mean, ratio.error)

@@ -1,6 +1,6 @@
 """glibc's heap while a model is built on a CPU: what that takes for a while is not left in the process.
 
-Training lets the heap keep what is freed, because a step takes it again (`finetune.hardware.prepare_process`). Quantizing takes several
+Training lets the heap keep what is freed, because a step takes it again (`finetune.process.prepare`). Quantizing takes several
 fp32 copies of a matrix for a moment, and what stays of each lands in the holes: SmolLM2's blocks, 50 MiB in NF4, made a process grow by up
 to 420 MiB, four bytes a weight. With pages of their own for those copies it is 60; they cost a quarter more time to quantize.
 """
@@ -21,7 +21,7 @@ _USUAL_MAX = 2**16
 @contextmanager
 def freed_at_once() -> Iterator[None]:
     """Inside, what is large gets pages of its own, which the system has back when it is freed; afterwards it comes from the heap again,
-    as `prepare_process` has it. Does nothing with other allocators."""
+    as `prepare` has it. Does nothing with other allocators."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         yield

@@ -26,6 +26,7 @@ from finetune.training.optimizer import rate_factor, set_rates
 from finetune.training.participation import require_change, require_gradients, sums_of
 from finetune.training.session import CALMER, Session
 from finetune.training.signals import StopRequest
+from finetune.training.threads import suited_threads
 from finetune.training.validation import validate
 
 
@@ -39,6 +40,7 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
     first = progress.step
     if progress.evaluation_due or progress.samples_due:  # a signal came while they ran
         progress = _conclude(session, progress, stop)
+    session.scorer.model.train()
     while progress.step < session.steps.total and not progress.stopped_early:
         row = _optimizer_step(session, progress.step, check_gradients=progress.step == first)
         session.record(row)
@@ -58,11 +60,13 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
 
 def _conclude(session: Session, progress: Progress, stop: StopRequest) -> Progress:
     """What follows a step: samples, validation and a checkpoint where they are due; RunInterruptedError where a signal came."""
-    improved = False
+    improved, measured = False, progress.samples_due or progress.evaluation_due
     if progress.samples_due:
         progress = _take_samples(session, progress, stop)
     if progress.evaluation_due:
         progress, improved = validate(session, progress, stop)
+    if measured:  # not before every step: to tell each module so takes 5 ms for SmolLM2
+        session.scorer.model.train()
     stopping = session.any_device(bool(stop))
     if improved or stopping or progress.stopped_early or _due(progress.step, session.config.train.checkpoint.every_steps, session.steps):
         session.save(progress)
@@ -104,7 +108,6 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
         indices = global_batch(len(train), config.train.batch_size, config.seed, step)
         supervised = int(train.supervised[indices].sum())
     set_rates(session.optimizer, rate_factor(config.schedule, session.steps, step))
-    session.scorer.model.train()
     adaptive = isinstance(config.tuning, AdaLora)
     loss = _gradients(session, step, indices, supervised)
     if check_gradients:
@@ -114,11 +117,14 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
         _add_gradients(session)
     if adaptive:
         adalora.add_penalty(session.scorer.model)  # after the sum over devices: each adds the same once
-    norm = torch.nn.utils.clip_grad_norm_(session.parameters.values(), config.train.max_grad_norm or math.inf)
+    tensors = [*session.parameters.values()]
+    with suited_threads(tensors):
+        norm = torch.nn.utils.clip_grad_norm_(tensors, config.train.max_grad_norm or math.inf)
     values = (float(loss), float(norm))
     if not all(math.isfinite(value) for value in values):
         raise _diverged(step + 1, values, [train.where(index) for index in indices])
-    session.optimizer.step()
+    with suited_threads(tensors):
+        session.optimizer.step()
     if adaptive:
         adalora.update_ranks(session.scorer.model, step + 1)
     session.optimizer.zero_grad(set_to_none=True)
@@ -139,8 +145,9 @@ def _optimizer_step(session: Session, step: int, *, check_gradients: bool) -> St
 def _gradients(session: Session, step: int, indices: list[int], supervised: int) -> torch.Tensor:
     """Set the gradients of this device's share of step ``step``; returns its share of the loss, on the device."""
     train, scorer, accelerator = session.data.train, session.scorer, session.accelerator
-    if session.shares:
-        lanes = split(indices, train.lengths, scorer.max_tokens, torch.get_num_threads())
+    if session.work:
+        costs = [session.work.tokens(int(train.lengths[index]), int(train.supervised[index])) for index in indices]
+        lanes = split(indices, train.lengths, scorer.max_tokens, torch.get_num_threads(), costs)
         if len(lanes) > 1:
             return run_lanes(lanes, lambda piece: _loss(session, piece, supervised), [*session.parameters.values()])
     pieces = micro_batches(indices, train.lengths, scorer.max_tokens, packed=scorer.packed)

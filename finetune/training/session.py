@@ -18,7 +18,7 @@ from finetune.scoring import Scorer
 from finetune.training.checkpoints import Progress
 from finetune.training.distributed import is_spread
 from finetune.training.input_clock import InputClock
-from finetune.training.lanes import can_share
+from finetune.training.lanes import Work, can_share
 from finetune.training.metrics import Row
 from finetune.training.samples import Sampler
 
@@ -47,14 +47,14 @@ class Session:
     spread: bool = field(init=False)
     """Whether the blocks of the model are shared out, so that every device must run the same number of passes."""
 
-    shares: bool = field(init=False)
-    """Whether cores compute micro-batches of their own, side by side."""
+    work: Work | None = field(init=False)
+    """What examples cost, where cores compute micro-batches of their own, side by side."""
     clock: InputClock = field(init=False, default_factory=InputClock)
 
     def __post_init__(self) -> None:
         self.parameters = trainable(self.scorer.model)
         self.spread = is_spread(self.scorer.model)
-        self.shares = can_share(self.scorer, self.accelerator.num_processes)
+        self.work = Work.of(self.scorer.model) if can_share(self.scorer, self.accelerator.num_processes) else None
 
     def memory_bytes(self) -> int:
         """The most that this process has had so far of the memory it computes in."""

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other
 
 ACCOUNT = """
 import ctypes
-from finetune.hardware import prepare_process
-prepare_process()
+from finetune.process import prepare
+prepare()
 import torch
 from finetune.model.heap import freed_at_once, return_freed_memory
 

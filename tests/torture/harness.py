@@ -312,9 +312,9 @@ def main() -> None:
     parser.add_argument("--main-calls", default="all", help="the same of the main thread's calls in a whole run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    from finetune.hardware import prepare_process
+    from finetune.process import prepare
 
-    prepare_process()
+    prepare()
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import finetune.cli.app

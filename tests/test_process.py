@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from finetune.hardware import prepare_process
+from finetune.process import prepare
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from finetune.hardware import prepare_process
 def test_only_pefts_complaint_about_norms_is_silenced(layer: str, module: str, shown: bool) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        prepare_process()
+        prepare()
         text = f"Unsupported layer type '<class '{layer}'>' encountered, proceed at your own risk."
         warnings.warn_explicit(text, UserWarning, "layer.py", 1, module=module)
     assert len(caught) == shown

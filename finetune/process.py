@@ -1,0 +1,74 @@
+"""The settings of this process that must stand before torch is loaded, and how the libraries are loaded."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_KERNELS_KEPT = "256"
+"""oneDNN compiles a kernel for each new shape of a product (1 ms), which takes 0.65 MB; its own limit of 1,024 is 0.7 GB. A micro-batch
+needs about 80, of which those of attention are the same for every micro-batch."""
+
+
+class _Kept:
+    """Whether what the libraries leave in memory may stay there."""
+
+    by_process = False
+
+
+def own() -> None:
+    """Say that the whole process is this program's, and ends with its command."""
+    _Kept.by_process = True
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """The libraries that need torch are imported inside, in a process that is ready for them.
+
+    They make half a million objects, nearly all of which stay. Python would search those for garbage again and again: a quarter of the
+    time that importing takes, and where data is read and a model built half a second each time. So it does not while they are imported,
+    and in a process that is `own` never looks at them again. Elsewhere it must: a caller's objects are among them, a model maybe.
+    """
+    prepare()
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if _Kept.by_process:
+            gc.freeze()
+        if searching:
+            gc.enable()
+
+
+def prepare() -> None:
+    """Settings that only work before torch starts its threads and allocates.
+
+    Passive waiting: idle OpenMP threads sleep instead of spinning, which on a shared machine costs up to 2.4x in wall time. Allocation:
+    glibc keeps freed activations instead of returning them to the kernel at every step (1.03x to 1.2x of a step). Tokenizer threads:
+    off, since they dead-lock with forked workers. Compiled products: a bounded number is kept. Values that the user has set win.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # These speak of things that the user did not ask for and cannot change.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # `tuning.method: norm` is PEFT's LN tuning on a layer that it does not know by name, and works: it only multiplies weights.
+    warnings.filterwarnings("ignore", r"Unsupported layer type '.*[nN]orm", category=UserWarning, module=r"peft\.")
+    import ctypes
+    import platform
+
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
