@@ -1,7 +1,9 @@
-"""Settings of a process: what is silenced, and what is not."""
+"""Settings of a process: what is silenced, and what is not; what libraries leave in memory is searched for garbage where others use it."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -24,3 +26,29 @@ def test_only_pefts_complaint_about_norms_is_silenced(layer: str, module: str, s
         text = f"Unsupported layer type '<class '{layer}'>' encountered, proceed at your own risk."
         warnings.warn_explicit(text, UserWarning, "layer.py", 1, module=module)
     assert len(caught) == shown
+
+
+@pytest.mark.parametrize(("own", "frozen"), [(False, False), (True, True)])
+def test_only_a_process_of_ones_own_forgets_what_was_there(own: bool, frozen: bool) -> None:
+    """A caller's objects must stay collectable; and the search rests while libraries are loaded, not longer."""
+    script = f"""
+import gc, weakref
+from finetune import process
+class Node: pass
+node = Node(); node.itself = node
+if {own}:
+    process.own()
+with process.loading():
+    inside = gc.isenabled()
+gone = weakref.ref(node)
+del node
+gc.collect()
+print(inside, gc.isenabled(), gc.get_freeze_count() > 0, gone() is not None)
+"""
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["False", "True", str(frozen), str(frozen)]
+
+
+def test_a_search_that_was_off_stays_off() -> None:
+    script = "import gc; from finetune import process; gc.disable()\nwith process.loading(): pass\nprint(gc.isenabled())"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.config.schema import Lora, NoQuantization
 from finetune.data.batches import collate
@@ -20,7 +21,7 @@ from finetune.model.fast import accelerate
 from finetune.model.head import target_losses
 from finetune.model.load import load_base
 from finetune.scoring import Scorer
-from finetune.training.lanes import can_share, run_lanes, split
+from finetune.training.lanes import Work, can_share, run_lanes, split
 from tests.training.test_batching_property import made
 
 CPU, NONE = torch.device("cpu"), NoQuantization()
@@ -72,6 +73,27 @@ def test_two_lanes_are_as_even_as_any_parting_of_the_examples(lengths: list[int]
     assert fullest == min(max(sum(itertools.compress(lengths, way)), sum(lengths) - sum(itertools.compress(lengths, way))) for way in ways)
 
 
+def test_lanes_are_of_even_cost_and_cut_by_tokens() -> None:
+    lanes = split([0, 1, 2, 3], [300, 100, 100, 100], 800, 2, [200, 600, 200, 200])
+    assert sorted(sorted(index for piece in lane for index in piece) for lane in lanes) == [[0, 2, 3], [1]]
+    assert all(sum([300, 100, 100, 100][index] for index in piece) <= 400 for lane in lanes for piece in lane)
+
+
+def test_a_supervised_token_costs_what_the_head_multiplies_beside_what_the_blocks_do(tiny_model_dir: Path) -> None:
+    model = load_base(tiny_model_dir, NONE, torch.float32, CPU)
+    ids = torch.arange(8)[None]
+    with FlopCounterMode(display=False) as counted:
+        model(input_ids=ids)
+    products = {name: sum(counts.values()) for name, counts in counted.get_flop_counts().items()}
+    head = products["LlamaForCausalLM.lm_head"]
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    blocks = sum(products[f"LlamaForCausalLM.{name}"] for name in linears if name != "lm_head")
+    work = Work.of(model)
+    assert work.supervised == pytest.approx(head / blocks, rel=0.01)  # norms are counted with the blocks' weights
+    assert work.tokens(64, 32) == round(64 + 32 * work.supervised + work.pair)
+    assert work.tokens(65, 0) == round(65 + 3 * work.pair)
+
+
 def test_the_fullest_of_several_lanes_gives_to_the_emptiest() -> None:
     lengths = [90, 80, 70, 60, 50, 50]  # by length alone: 90+50, 80+50, 70+60; nothing is above 140
     lanes = split(range(6), lengths, 10_000, 3)
@@ -108,6 +130,18 @@ def test_one_tensor_given_to_two_parameters_becomes_two_gradients() -> None:
     run_lanes([[[1]], [[2]]], lambda piece: (parameters[0] + parameters[1]).sum() * piece[0], parameters)
     parameters[0].grad.mul_(2)  # type: ignore[union-attr]  # as clipping does
     assert [None if each.grad is None else each.grad.tolist() for each in parameters] == [[6.0] * 3, [3.0] * 3, None]
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("lanes", [[[[1]], [[2]]], [[[1], [2]]], [[[3]]]])
+def test_a_gradient_lies_as_its_parameter_does(lanes: list[list[list[int]]]) -> None:
+    """Fused optimizers read both from end to end."""
+    parameter = torch.nn.Parameter(torch.ones(2, 3))
+    turned = torch.arange(6.0).view(3, 2)
+    run_lanes(lanes, lambda piece: (parameter.T * turned).sum() * piece[0], [parameter])
+    assert parameter.grad is not None
+    assert parameter.grad.stride() == parameter.stride()
+    assert parameter.grad.tolist() == (3 * turned.T).tolist()
 
 
 def test_what_autograd_gave_is_gone_before_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:

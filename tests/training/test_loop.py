@@ -296,6 +296,21 @@ def test_early_stopping_stops(tiny_model_dir: Path, chat_file: Path, data: Prepa
     assert (progress.step, len(rows)) == (3, 3)
 
 
+def test_every_step_trains_whatever_measured_the_model_before_it(tiny_model_dir: Path, chat_file: Path, data: PreparedData) -> None:
+    config = make_config(tiny_model_dir, chat_file, max_steps=3, evaluate={"every_steps": 1})
+    session, _ = make_session(config, replace(data, validation=data.train[:4]))
+    measuring: list[list[str]] = []
+
+    def watch(row: object) -> None:
+        if isinstance(row, StepDone):  # told right after the step
+            measuring.append([name for name, module in session.scorer.model.named_modules() if not module.training])
+
+    session.record = watch
+    session.scorer.model.eval()
+    fit(session, Progress(), StopRequest())
+    assert measuring == [[], [], []]
+
+
 def test_the_best_checkpoint_outlives_newer_ones_and_is_what_early_stopping_leaves(
     write_config: Callable[..., Path], train_here: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
