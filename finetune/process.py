@@ -36,6 +36,8 @@ def loading() -> Iterator[None]:
     """
     prepare()
     searching = gc.isenabled()
+    if _Kept.by_process:
+        gc.collect()  # what an earlier stage left is not to be kept; a few milliseconds, since the libraries are passed over
     gc.disable()
     try:
         yield

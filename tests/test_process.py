@@ -49,6 +49,21 @@ print(inside, gc.isenabled(), gc.get_freeze_count() > 0, gone() is not None)
     assert shown.split() == ["False", "True", str(frozen), str(frozen)]
 
 
+def test_garbage_of_an_earlier_stage_is_not_kept() -> None:
+    script = """
+import gc, weakref
+from finetune import process
+class Node: pass
+process.own()
+node = Node(); node.itself = node
+gone = weakref.ref(node)
+del node
+with process.loading(): pass
+print(gone() is None)
+"""
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "True\n"
+
+
 def test_a_search_that_was_off_stays_off() -> None:
     script = "import gc; from finetune import process; gc.disable()\nwith process.loading(): pass\nprint(gc.isenabled())"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
