@@ -27,6 +27,21 @@ def own() -> None:
 
 
 @contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Inside, Python does not search for garbage: many small objects that leave few cycles behind make it search the whole heap for them.
+
+    What cycles there are is collected later; a long block calls `gc.collect(1)` now and then.
+    """
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searching:
+            gc.enable()
+
+
+@contextmanager
 def loading() -> Iterator[None]:
     """The libraries that need torch are imported inside, in a process that is ready for them.
 
@@ -35,17 +50,14 @@ def loading() -> Iterator[None]:
     and in a process that is `own` never looks at them again. Elsewhere it must: a caller's objects are among them, a model maybe.
     """
     prepare()
-    searching = gc.isenabled()
     if _Kept.by_process:
         gc.collect()  # what an earlier stage left is not to be kept; a few milliseconds, since the libraries are passed over
-    gc.disable()
-    try:
-        yield
-    finally:
-        if _Kept.by_process:
-            gc.freeze()
-        if searching:
-            gc.enable()
+    with collector_at_rest():
+        try:
+            yield
+        finally:
+            if _Kept.by_process:
+                gc.freeze()
 
 
 def prepare() -> None:

@@ -19,8 +19,9 @@ from finetune.data.near import SignatureFile
 from finetune.data.records import Row
 from finetune.data.rows import PROBLEMS, Chunk, Index, Tally, Worked, Worker
 from finetune.data.sources import read_rows
-from finetune.data.workers import collector_at_rest, in_order
+from finetune.data.workers import in_order
 from finetune.errors import DataError, Problem
+from finetune.process import collector_at_rest
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, of): bytes while reading; ``of`` is 0 where the end is not known."""

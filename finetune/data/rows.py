@@ -20,8 +20,8 @@ from finetune.data.near import Signatures, signatures
 from finetune.data.overlong import shorten
 from finetune.data.records import Record, Row, Text
 from finetune.data.render import Example, Renderer
-from finetune.data.workers import collector_at_rest
 from finetune.errors import DataError, Problem
+from finetune.process import collector_at_rest
 
 PROBLEMS = 20
 """Bad rows that are shown; more are only counted."""

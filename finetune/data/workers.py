@@ -6,7 +6,6 @@ ends the whole with an error, and no process outlives the one that started it.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import signal
@@ -15,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -56,21 +54,6 @@ def in_order(
     first = next(pending, None)
     if first is not None:
         yield from _on_processes(function, _chained(first, pending), processes, stall_s)
-
-
-@contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """Rows leave no cycles behind, but their many small objects make Python search the whole heap for some: a third of the time.
-
-    What few there are (of errors) is collected when the block ends; a long one calls `gc.collect(1)` now and then.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _chained(first: Item, rest: Iterator[Item]) -> Iterator[Item]:
