@@ -21,16 +21,20 @@ _GUESSED = "did you mean"
 
 def complaints_throughout(tree: Node, look: Look, top: Shape | None = None) -> list[Complaint]:
     """What ``look`` refuses of ``tree``, also inside sections whose kind is wrong. ``top``: its shape, else that of a configuration."""
-    return _throughout(tree, look, top or shape.root(), ())
+    return _throughout(tree, look, top or shape.root(), (), frozenset())
 
 
-def _throughout(tree: Node, look: Look, top: Shape, inside: KeyPath) -> list[Complaint]:
-    """The same of what lies at or below ``inside``."""
+def _throughout(tree: Node, look: Look, top: Shape, inside: KeyPath, supposed: frozenset[KeyPath]) -> list[Complaint]:
+    """The same of what lies at or below ``inside``, where the kind of the sections ``supposed`` is one that there is."""
     found = {complaint.path: complaint for complaint in look(tree) if complaint.path[: len(inside)] == inside}
     for path in [complaint.path for complaint in found.values()]:
-        choice, section = shape.at(path[:-1], tree.plain(), top), tree.find(path[:-1])
-        if isinstance(choice, Choice) and path[-1:] == (choice.key,) and section is not None and isinstance(section.content, dict):
-            tries = [_throughout(replace_at(tree, path[:-1], meant), look, top, path[:-1]) for meant in _meant(section, choice)]
+        place = path[:-1]
+        choice, section = shape.at(place, tree.plain(), top), tree.find(place)
+        if place in supposed or not isinstance(choice, Choice) or path[-1:] != (choice.key,):
+            continue
+        if section is not None and isinstance(section.content, dict):
+            known = supposed | {place}
+            tries = [_throughout(replace_at(tree, place, meant), look, top, place, known) for meant in _meant(section, choice)]
             for further in _in_all(tries):
                 found.setdefault(further.path, further)
     return list(found.values())
