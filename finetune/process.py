@@ -6,8 +6,10 @@ import gc
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, wraps
+from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _KERNELS_KEPT = "256"
@@ -24,6 +26,11 @@ class _Kept:
 def own() -> None:
     """Say that the whole process is this program's, and ends with its command."""
     _Kept.by_process = True
+
+
+def is_own() -> bool:
+    """Whether the whole process is this program's."""
+    return _Kept.by_process
 
 
 @contextmanager
@@ -50,14 +57,44 @@ def loading() -> Iterator[None]:
     and in a process that is `own` never looks at them again. Elsewhere it must: a caller's objects are among them, a model maybe.
     """
     prepare()
-    if _Kept.by_process:
-        gc.collect()  # what an earlier stage left is not to be kept; a few milliseconds, since the libraries are passed over
-    with collector_at_rest():
+    if not _Kept.by_process:
+        with collector_at_rest():
+            yield
+        return
+    gc.collect()  # what an earlier stage left is not to be kept; a few milliseconds, since the libraries are passed over
+    with collector_at_rest(), _compiling_when_called():
         try:
             yield
         finally:
-            if _Kept.by_process:
-                gc.freeze()
+            gc.freeze()
+
+
+@contextmanager
+def _compiling_when_called() -> Iterator[None]:
+    """Inside, what `torch.compile` decorates is compiled by its first call instead of at once.
+
+    bitsandbytes decorates two functions that few runs ever call, and the compiler takes half a second to load.
+    """
+    import torch
+
+    at_once = torch.compile
+
+    def compile_when_called(model: Callable[..., Any] | None = None, **options: Any) -> Any:
+        if model is None:
+            return lambda decorated: compile_when_called(decorated, **options)
+        compiled = cache(lambda: at_once(model, **options))
+
+        @wraps(model)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return compiled()(*args, **kwargs)
+
+        return call
+
+    torch.compile = compile_when_called
+    try:
+        yield
+    finally:
+        torch.compile = at_once
 
 
 def prepare() -> None:

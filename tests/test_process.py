@@ -67,3 +67,26 @@ print(gone() is None)
 def test_a_search_that_was_off_stays_off() -> None:
     script = "import gc; from finetune import process; gc.disable()\nwith process.loading(): pass\nprint(gc.isenabled())"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_what_a_library_has_compiled_waits_for_its_first_call() -> None:
+    """The compiler takes half a second to load; afterwards torch.compile is itself again, and what was decorated computes what it did."""
+    script = """
+import sys
+from finetune import process
+process.own()
+with process.loading():
+    import torch
+    import bitsandbytes
+    inside = torch.compile
+
+    @torch.compile(dynamic=False, backend="eager")
+    def double(x):
+        "Twice x."
+        return 2 * x
+
+print("torch._inductor.compile_fx" in sys.modules, torch.compile is inside, double.__doc__, double(torch.ones(2)).tolist())
+print(double(torch.ones(2)).tolist(), torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines() == ["False False Twice x. [2.0, 2.0]", "[2.0, 2.0] 1"]
