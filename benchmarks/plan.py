@@ -3,9 +3,10 @@
 **CPU**: SmolLM2-135M in eight configurations, a half of all sixteen of {plain bf16, NF4} x {rank 8, 64} x {checkpointing on, off} x {1024,
 2048 tokens a micro-batch}, chosen so that every pair of settings occurs equally often. Each is run three times, in processes of their
 own: the whole command `finetune train` over two steps of two micro-batches that are full. Measured is the peak of the process's own
-memory: its anonymous and shared pages (RssAnon + RssShmem of /proc/PID/status), read every 10 ms, so that a shorter peak is missed. It
-is compared with the plan's parts that are in pages of no file (`Memory.own`), made from the configuration and the model's sizes alone,
-with the library's constants. Pages of files (libraries, and weights that are computed with as they lie in their file) are left out on
+memory: its anonymous and shared pages (RssAnon + RssShmem of /proc/PID/status), read every 10 ms, so that a shorter peak is missed, and
+the pages of its forks that are theirs alone (Private_Dirty of /proc/PID/smaps_rollup), read every 100 ms: they give none back. It is
+compared with the plan's parts that are in pages of no file (`Memory.own`), made from the configuration and the model's sizes alone, with
+the library's constants. Pages of files (libraries, and weights that are computed with as they lie in their file) are left out on
 both sides, because the kernel takes them back and reads them again as it likes; the peak with them (ru_maxrss) and the plan's total stand
 beside, and differ for that reason.
 
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ ROW_TOKENS = {1024: 256, 2048: 512}
 """Length of a row by the tokens of a micro-batch: attention of the shorter ones is kept on a CPU."""
 MICRO_BATCHES, STEPS, REPEATS = 2, 2, 3
 _BETWEEN_S = 0.01
+_FORKS_EVERY = 10  # of these: to count their pages takes the kernel 20 ms a GiB
 _WORDS = 400
 
 
@@ -135,18 +137,38 @@ def own_memory(pid: int) -> int:
     return sum(int(size.split()[0]) * 1024 for size in sizes.values())
 
 
+def private_memory(pid: int) -> int:
+    """Bytes of a process in pages that it wrote and shares with none; 0 for one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:  # gone
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:"))
+
+
+def children(pid: int) -> list[int]:
+    """What a process has started, without what those have."""
+    try:
+        return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    except OSError:  # gone
+        return []
+
+
 def watch(command: list[str], environment: dict[str, str], log: Path) -> tuple[int, Peak]:
     """Run ``command`` to its end: its exit status, and its peak. All that it says goes to ``log``."""
-    own = 0
+    own = forks = 0
     with log.open("wb") as sink:
         process = subprocess.Popen(command, env=environment, stdout=sink, stderr=sink, cwd=ROOT)
-        while True:
+        for look in count():
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 process.returncode = os.waitstatus_to_exitcode(status)
                 return process.returncode, Peak(own, usage.ru_maxrss * 1024)
-            own = max(own, own_memory(process.pid))
+            if look % _FORKS_EVERY == 0:
+                forks = max(forks, sum(private_memory(fork) for fork in children(process.pid)))
+            own = max(own, own_memory(process.pid) + forks)
             time.sleep(_BETWEEN_S)
+    raise AssertionError("count() has no end")
 
 
 def train(case: Case, threads: int) -> tuple[Memory, Peak]:

@@ -88,7 +88,7 @@ def keep_int8_scales(model: nn.Module) -> int:
     bitsandbytes moves the scales from the parameter to the module's state in the first forward. PEFT, having read a weight on a CPU, puts a
     new parameter without scales into the module, and the next forward would overwrite the state's with nothing. Without effect on a GPU.
     """
-    modules = [module for module in model.modules() if isinstance(module, bnb.nn.Linear8bitLt)]
+    modules = [module for module in model.modules() if is_int8(module)]
     for module in modules:
         module.register_forward_pre_hook(_return_scales)
     return len(modules)
@@ -159,6 +159,11 @@ def quantized_modules(config: PretrainedConfig) -> frozenset[str]:
 def is_quantized(module: nn.Module) -> bool:
     """Whether ``module`` is a 4-bit or 8-bit linear of bitsandbytes."""
     return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+
+
+def is_int8(module: nn.Module) -> bool:
+    """Whether ``module`` is an 8-bit linear of bitsandbytes."""
+    return isinstance(module, bnb.nn.Linear8bitLt)
 
 
 def dequantized(module: nn.Module) -> Tensor:

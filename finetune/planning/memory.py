@@ -38,6 +38,9 @@ _LEAST_TOKENS = 16
 PROCESS: Mapping[str, int] = {"cpu": 555 * 2**20, "cuda": 820 * 2**20}
 """Bytes of a process without a model, pages of files apart. CPU: 446 MiB were measured before the first step; the rest, what oneDNN
 compiles and works in, is where the peaks of sixteen runs begin. GPU: context and workspaces, assumed, not measured."""
+_FORK = 80 * 2**20
+"""What each process that computes a lane beside another has of its own besides (`finetune.training.forks`): pages of the interpreter that
+it wrote to, 56 to 76 MiB measured after some steps, and kernels that oneDNN compiled for it."""
 _LIBRARIES = 170 * 2**20
 """Pages of shared libraries that a process on a CPU has touched, measured: 169 to 174 MiB beside a model's file of 257."""
 WASTED: Mapping[str, float] = {"cpu": 0.33, "cuda": 0.05}
@@ -152,7 +155,7 @@ def estimate_memory(shape: ModelShape, parameters: Parameters, config: Config, s
     if setting.kind == "cpu":
         views = _views(shape, parameters, config, setting)
         found |= _on_host(shape, config, found, views=bool(views))
-        found["process"] += _LIBRARIES
+        found["process"] += _LIBRARIES + (lanes - 1) * _FORK
         pages = found["mapped"] + views + _LIBRARIES
     parts = {name: math.ceil(found[name]) for name in PARTS}
     paged = setting.kind == "cuda" and setting.optimizer.startswith("paged")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class InputClock:
-    """Adds up what each thread spends on reading rows; lanes of a step read at the same time."""
+    """Adds up what each thread and fork spends on reading rows; lanes of a step read at the same time."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
@@ -24,8 +24,12 @@ class InputClock:
             thread = threading.get_ident()
             self._seconds[thread] = self._seconds.get(thread, 0.0) + time.perf_counter() - began
 
+    def add(self, place: int, seconds: float) -> None:
+        """Count what the fork at ``place`` spent."""
+        self._seconds[-1 - place] = seconds
+
     def take(self) -> float:
-        """Seconds of the thread that read longest since the last call."""
+        """Seconds of the thread or fork that read longest since the last call."""
         longest = max(self._seconds.values(), default=0.0)
         self._seconds.clear()
         return longest

@@ -2,14 +2,14 @@
 
 A product of a few hundred rows is too small to be shared by cores: they meet after every one of some thousand operations of a step, and
 small ones are not shared at all. Two lanes that each run half of the step by themselves meet once. torch releases the interpreter
-during its operations, so threads suffice, and the weights are there once.
+during its operations, so threads do, and the weights are there once; `finetune.training.forks` has processes for what that leaves.
 
 The gradient is that of the step, summed in an order that does not depend on which lane is ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from finetune.data.batches import cut
 from finetune.data.examples import Ints
 from finetune.model.adapters import count_parameters, trainable
 from finetune.model.head import causal_model, has_plain_head
+from finetune.model.quantize import is_int8
 from finetune.model.tiles import TILE
 from finetune.scoring import Scorer
 
@@ -31,8 +32,24 @@ where the products alone would be 2.0, and 0.33 tokens a supervised one where th
 _LARGEST_SHARE = 0.1
 """Of a model's parameters that train: each lane holds their gradient."""
 
+Lane = list[list[int]]
+"""Micro-batches that are computed one after the other."""
 Parameters = Sequence[torch.nn.Parameter]
 Losses = Callable[[list[int]], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A lane's part of a step."""
+
+    loss: torch.Tensor
+    gradients: list[torch.Tensor]
+    """As many as parameters; only those at ``reached`` places mean anything."""
+    reached: set[int]
+
+
+Submit = Callable[[int, Lane, int], Callable[[], Computed]]
+"""Begin the lane at a place beside this one, with so many threads; what is returned waits for it, or raises what it raised."""
 
 
 def can_share(scorer: Scorer, processes: int) -> bool:
@@ -42,11 +59,18 @@ def can_share(scorer: Scorer, processes: int) -> bool:
     training = sum(parameter.numel() for parameter in trainable(scorer.model).values())
     if training > _LARGEST_SHARE * count_parameters(scorer.model) or not has_plain_head(causal_model(scorer.model)):
         return False
-    return not any(_draws(module) or getattr(module, "gradient_checkpointing", False) for module in scorer.model.modules())
+    return not any(
+        _draws(module) or _is_rewritten(module) or getattr(module, "gradient_checkpointing", False) for module in scorer.model.modules()
+    )
 
 
 def _draws(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
+
+
+def _is_rewritten(module: Any) -> bool:
+    """DoRA asks for the weight's values; PEFT, to read one of 8 bits on a CPU, puts a new parameter in its place, in every pass."""
+    return bool(getattr(module, "lora_magnitude_vector", None)) and is_int8(module.get_base_layer())
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,58 +156,52 @@ def _cut(lane: list[int], lengths: dict[int, int], max_tokens: int) -> list[list
     return [[lane[place] for place in piece] for piece in pieces]
 
 
-def run_lanes(lanes: Sequence[list[list[int]]], loss_of: Losses, parameters: Parameters) -> torch.Tensor:
+def run_lanes(lanes: Sequence[Lane], loss_of: Losses, parameters: Parameters, submit: Submit | None = None) -> torch.Tensor:
     """Set the gradients of the sum of ``loss_of`` over all micro-batches; returns that sum.
 
-    Each lane has its share of torch's threads, the first of them in the thread of the caller. What a lane raises, this raises, when all
-    have ended.
+    Each lane has its share of torch's threads, the first of them in the thread of the caller, the others where ``submit`` has them
+    computed: in threads of this process if that is left out. What a lane raises, this raises, when all threads have ended.
     """
     threads = torch.get_num_threads()
+    own = max(1, threads // len(lanes))
 
-    def run(lane: list[list[int]]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        torch.set_num_threads(max(1, threads // len(lanes)))  # of this thread; MKL knows one number alone, hence below
-        return _accumulated(lane, loss_of, parameters)
+    def run(lane: Lane) -> Computed:
+        torch.set_num_threads(own)  # of this thread; MKL knows one number alone, hence below
+        return accumulated(lane, loss_of, parameters, [torch.empty_like(parameter) for parameter in parameters])
 
     try:
         with ThreadPoolExecutor(max(1, len(lanes) - 1)) as others:
-            started = [others.submit(run, lane) for lane in lanes[1:]]
-            results = [run(lanes[0]), *(each.result() for each in started)]
+            begin = submit or (lambda _place, lane, _threads: others.submit(run, lane).result)
+            started = [begin(place, lane, own) for place, lane in enumerate(lanes[1:])]
+            results = [run(lanes[0]), *(result() for result in started)]
     finally:
         torch.set_num_threads(threads)
-    for parameter, *found in zip(parameters, *(gradients for _, gradients in results), strict=True):
-        parameter.grad = _sum([torch.zeros_like(parameter), *found]) if any(each is not None for each in found) else None
-    return torch.stack([loss for loss, _ in results]).sum()
+    first, *rest = results
+    for other in rest:
+        _add(first.gradients, first.reached, {place: other.gradients[place] for place in other.reached})
+    for place, parameter in enumerate(parameters):
+        parameter.grad = first.gradients[place] if place in first.reached else None
+    return torch.stack([each.loss for each in results]).sum()
 
 
-def _accumulated(lane: list[list[int]], loss_of: Losses, parameters: Parameters) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Loss and gradients of one lane.
+def accumulated(lane: Lane, loss_of: Losses, parameters: Parameters, gradients: list[torch.Tensor]) -> Computed:
+    """Loss and gradients of one lane; the latter are written to ``gradients``.
 
-    They are added to tensors that were there before the first pass. Those that autograd gives lie between what the pass had kept: were they
-    to stay, nothing large would find room there in the next pass.
+    These were there before the first pass. The tensors that autograd gives lie between what the pass had kept: were they to stay, nothing
+    large would find room there in the next pass.
     """
-    total = torch.zeros(())
-    gradients = [torch.zeros_like(parameter) for parameter in parameters]
-    reached: set[int] = set()
+    computed = Computed(torch.zeros(()), gradients, set())
     for piece in lane:
         loss = loss_of(piece)
-        total += loss.detach()
-        reached |= _add(gradients, torch.autograd.grad(loss, parameters, allow_unused=True))
+        computed.loss.add_(loss.detach())
+        _add(gradients, computed.reached, dict(enumerate(torch.autograd.grad(loss, parameters, allow_unused=True))))
         del loss  # what it kept, before the next pass
-    return total, [gradient if place in reached else None for place, gradient in enumerate(gradients)]
+    return computed
 
 
-def _add(gradients: Sequence[torch.Tensor], found: Sequence[torch.Tensor | None]) -> set[int]:
-    """Add what was ``found`` to ``gradients`` in place; returns the places at which anything was."""
-    there = {place: gradient for place, gradient in enumerate(found) if gradient is not None}
-    for place, gradient in there.items():
-        gradients[place].add_(gradient)
-    return set(there)
-
-
-def _sum(found: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Nothing is written to: two parameters may have been given one tensor."""
-    total: torch.Tensor | None = None
-    for gradient in found:
+def _add(gradients: Sequence[torch.Tensor], reached: set[int], found: Mapping[int, torch.Tensor | None]) -> None:
+    """Add what was ``found`` at each place to ``gradients``, of which those at places that were not ``reached`` yet hold nothing."""
+    for place, gradient in found.items():
         if gradient is not None:
-            total = gradient if total is None else total + gradient
-    return total
+            gradients[place].add_(gradient) if place in reached else gradients[place].copy_(gradient)
+            reached.add(place)

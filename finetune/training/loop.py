@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -20,6 +23,7 @@ from finetune.planning.steps import Steps
 from finetune.training.batching import dropout_seed, global_batch, micro_batches, share
 from finetune.training.checkpoints import Progress
 from finetune.training.distributed import idle_rounds
+from finetune.training.forks import Forks, can_fork
 from finetune.training.lanes import run_lanes, split
 from finetune.training.metrics import Sampled, StepDone
 from finetune.training.optimizer import rate_factor, set_rates
@@ -36,6 +40,11 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
     Raises DivergedError for a loss or gradient that is not finite (nothing of that step is kept), RunInterruptedError after a signal, with
     a checkpoint saved, VerificationError where a trainable tensor gets no gradient or never changes.
     """
+    with _beside(session):
+        return _steps(session, progress, stop)
+
+
+def _steps(session: Session, progress: Progress, stop: StopRequest) -> Progress:
     start = sums_of(session.parameters)
     first = progress.step
     if progress.evaluation_due or progress.samples_due:  # a signal came while they ran
@@ -56,6 +65,20 @@ def fit(session: Session, progress: Progress, stop: StopRequest) -> Progress:
         pruned = adalora.pruned_whole(session.scorer.model)
         require_change({name: sums for name, sums in start.items() if name not in pruned}, sums_of(session.parameters), session.config)
     return progress
+
+
+@contextmanager
+def _beside(session: Session) -> Iterator[None]:
+    """Inside, lanes may be computed by forks of this process."""
+    if session.work is None or not can_fork():
+        yield
+        return
+    session.forks = Forks(partial(_loss, session), [*session.parameters.values()], session.clock)
+    try:
+        with session.forks.open():
+            yield
+    finally:
+        session.forks = None
 
 
 def _conclude(session: Session, progress: Progress, stop: StopRequest) -> Progress:
@@ -149,7 +172,8 @@ def _gradients(session: Session, step: int, indices: list[int], supervised: int)
         costs = [session.work.tokens(int(train.lengths[index]), int(train.supervised[index])) for index in indices]
         lanes = split(indices, train.lengths, scorer.max_tokens, torch.get_num_threads(), costs)
         if len(lanes) > 1:
-            return run_lanes(lanes, lambda piece: _loss(session, piece, supervised), [*session.parameters.values()])
+            submit = partial(session.forks.submit, supervised) if session.forks else None
+            return run_lanes(lanes, lambda piece: _loss(session, piece, supervised), [*session.parameters.values()], submit)
     pieces = micro_batches(indices, train.lengths, scorer.max_tokens, packed=scorer.packed)
     loss = torch.zeros((), device=scorer.device)
     for number, piece in share(pieces, accelerator.process_index, accelerator.num_processes):

@@ -17,6 +17,7 @@ from finetune.planning.steps import Steps
 from finetune.scoring import Scorer
 from finetune.training.checkpoints import Progress
 from finetune.training.distributed import is_spread
+from finetune.training.forks import Forks
 from finetune.training.input_clock import InputClock
 from finetune.training.lanes import Work, can_share
 from finetune.training.metrics import Row
@@ -50,6 +51,8 @@ class Session:
     work: Work | None = field(init=False)
     """What examples cost, where cores compute micro-batches of their own, side by side."""
     clock: InputClock = field(init=False, default_factory=InputClock)
+    forks: Forks | None = field(init=False, default=None)
+    """Processes that compute lanes beside this one, while a run trains."""
 
     def __post_init__(self) -> None:
         self.parameters = trainable(self.scorer.model)
@@ -57,8 +60,10 @@ class Session:
         self.work = Work.of(self.scorer.model) if can_share(self.scorer, self.accelerator.num_processes) else None
 
     def memory_bytes(self) -> int:
-        """The most that this process has had so far of the memory it computes in."""
-        return torch.cuda.max_memory_allocated(self.scorer.device) if self.scorer.device.type == "cuda" else peak_memory()
+        """The most that this process and its forks have had so far of the memory they compute in."""
+        if self.scorer.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.scorer.device)
+        return peak_memory() + (self.forks.memory_bytes() if self.forks else 0)
 
     def any_device(self, flag: bool) -> bool:
         """Whether ``flag`` is up on any device: all of them decide alike."""

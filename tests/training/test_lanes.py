@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.config.schema import Lora, NoQuantization
+from finetune.config.schema import EightBit, Lora, NoQuantization
 from finetune.data.batches import collate
 from finetune.model.adapters import attach, trainable
 from finetune.model.fast import accelerate
@@ -174,6 +174,15 @@ def test_what_a_lane_raises_is_raised() -> None:
     with pytest.raises(FloatingPointError, match="piece"):
         run_lanes([[[1]], [[2]]], loss_of, [torch.nn.Parameter(torch.ones(3))])
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("dora", "shared"), [(False, True), (True, False)])
+def test_a_weight_that_is_put_back_in_every_pass_is_not_shared(tiny_model_dir: Path, dora: bool, shared: bool) -> None:
+    """Of two lanes, one would find it without its scales: PEFT replaces the parameter of 8 bits that DoRA reads."""
+    tuning = Lora(method="lora", rank=4, alpha=8, targets="all-linear", dora=dora)
+    model = attach(load_base(tiny_model_dir, EightBit(method="int8"), torch.float32, CPU), tuning)
+    accelerate(model, tuning)
+    assert can_share(Scorer(model, CPU, "fp32"), 1) is shared
 
 
 def test_dropout_several_processes_and_padded_models_are_not_shared(tiny_model_dir: Path) -> None:
