@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,18 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEXT = "Doctors also call this condition by another name. What is the official title of the disease? Answer with the title only, please."
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The tests of an `xdist_group` go to one worker, so that what they share is made once.
+
+    pytest-xdist 3.8 writes the group into an attribute that pytest 9.2 no longer reads: without this each worker gets some of them.
+    """
+    for item in items if getattr(config.option, "loadgroup", False) else ():
+        group = "@" + "_".join(sorted({str(mark.args[0]) for mark in item.iter_markers("xdist_group")}))
+        if group != "@" and not item.nodeid.endswith(group) and hasattr(item, "_id"):
+            item._id = type(item._id).parse(item.nodeid + group)
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -150,6 +163,31 @@ def train_here() -> Callable[..., Path]:
         return api.train(api.load_config(path, overrides).config, resume=resume).path
 
     return run
+
+
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What was written is measured by the same code without a fresh process, for tests about something else: each takes seconds of imports.
+
+    Commands that a test runs are not changed: they measure in a process of their own.
+    """
+    from safetensors.torch import load_file
+
+    from finetune.errors import VerificationError
+    from finetune.merging import combine, exports, verify
+    from finetune.merging.reload import Measurement, Probe
+
+    def measured(module: str, directory: Path, settings: tuple[str, ...], probe: Probe, device: str) -> Measurement:
+        folder = tmp_path_factory.mktemp("measured")
+        inputs, outputs = folder / "probe.safetensors", folder / "result.safetensors"
+        probe.save(inputs)
+        if import_module(module).main([str(directory), str(inputs), str(outputs), device, *settings]):
+            raise VerificationError("what was written does not reload", where=str(directory))
+        found = load_file(outputs)
+        return Measurement(found["logits"], float(found["loss"]))
+
+    for owner in (verify, combine, exports):
+        monkeypatch.setattr(owner, "measured_by", measured)
 
 
 class Finished:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from finetune import api
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+on_two = pytest.mark.xdist_group("two-processes")  # their runs are made once, and not by every worker
 
 HERE = Path(__file__).parent
 TRAIN = {"epochs": 2, "batch_size": 8, "precision": "fp32", "tokens_per_device": 64, "checkpoint": {"every_steps": 2}}
@@ -94,11 +95,14 @@ def two(write: Callable[..., Path], folder: Path, tiny_model_dir: Path) -> Path:
     ("name", "reference", "tolerance"),
     [("ddp", "plain", 1e-5), ("fsdp", "plain", 1e-4), ("nf4-ddp", "nf4", 1e-5), ("nf4-fsdp", "nf4", 1e-4)],
 )
+@on_two
 def test_a10_a17_two_processes_train_as_one(two: Path, one: dict[str, Path], name: str, reference: str, tolerance: float) -> None:
     """Losses, norms and rates of every step; micro-batches are so small that the processes have unequal numbers of them."""
     assert_same(two / name, one[reference], tolerance)
 
 
+@pytest.mark.usefixtures("measured_here")
+@on_two
 def test_a_checkpoint_of_two_processes_goes_on_with_one_and_merges(
     two: Path, one: dict[str, Path], train_here: Callable[..., Path], folder: Path
 ) -> None:
@@ -114,12 +118,14 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one_and_merges(
     assert (folder / "merged" / "model.safetensors").is_file()
 
 
+@on_two
 def test_b9_adapters_are_saved_whole(two: Path, one: dict[str, Path]) -> None:
     wanted, got = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one["plain"], two / "fsdp"))
     assert {key: tensor.shape for key, tensor in got.items()} == {key: tensor.shape for key, tensor in wanted.items()}
     assert all(tensor.any() for tensor in got.values())
 
 
+@on_two
 def test_a_spread_model_computes_what_the_whole_one_does(two: Path) -> None:
     """Every method: the same losses and gradients, and about half of the blocks on each process."""
     for rank in (0, 1):
@@ -135,6 +141,7 @@ def test_a_spread_model_computes_what_the_whole_one_does(two: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("measured_here")
 def test_the_real_model_trains_alike_goes_on_with_one_process_and_merges(
     folder: Path, write: Callable[..., Path], train_here: Callable[..., Path]
 ) -> None:

@@ -18,28 +18,33 @@ from finetune import api
 from finetune.errors import ConfigError, VerificationError
 from finetune.sealed import seal, verify
 
+pytestmark = pytest.mark.usefixtures("measured_here")  # the commands of the first test measure in fresh processes
+
 Run = Callable[..., Any]
 Write = Callable[..., Path]
 NF4 = {"method": "nf4"}
 LOFTQ = {"method": "lora", "rank": 4, "init": {"method": "loftq"}}
 
-# A process without this package: the logits of a model, or of a base with an adapter, on a few ids.
+# A process without this package: the logits of each model, or of each base with an adapter, on a few ids.
 ELSEWHERE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
-base, adapter = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-if adapter:
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, adapter)
-with torch.no_grad():
-    print(json.dumps(model.eval()(torch.arange(3, 60)[None]).logits[0, -1].tolist()))
+found = []
+for base, adapter in json.loads(sys.argv[1]):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter:
+        from peft import PeftModel
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        found.append(model.eval()(torch.arange(3, 60)[None]).logits[0, -1].tolist())
+print(json.dumps(found))
 assert "finetune" not in sys.modules
 """
 
 
-def logits_elsewhere(model: Path, adapter: Path | str = "") -> torch.Tensor:
-    command = [sys.executable, "-P", "-c", ELSEWHERE, str(model), str(adapter)]
+def logits_elsewhere(*models: tuple[Path, Path | str]) -> torch.Tensor:
+    """A row for each of ``models``: (a directory, that of an adapter or nothing)."""
+    command = [sys.executable, "-P", "-c", ELSEWHERE, json.dumps([list(map(str, model)) for model in models])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return torch.tensor(json.loads(done.stdout))
 
@@ -80,9 +85,9 @@ def test_a_model_and_an_adapter_of_two_runs(train_two: Run, finetune: Run, tmp_p
     record = json.loads(done.out)
     assert record["adapter"]["error"] < 1e-5
     assert set(record["adapter"]["errors"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    model, adapter = logits_elsewhere(tmp_path / "model"), logits_elsewhere(tiny_model_dir, tmp_path / "adapter")
+    model, adapter, base = logits_elsewhere((tmp_path / "model", ""), (tiny_model_dir, tmp_path / "adapter"), (tiny_model_dir, ""))
     assert float((model - adapter).abs().max()) < 1e-4
-    assert float((model - logits_elsewhere(tiny_model_dir)).abs().max()) > 0.01
+    assert float((model - base).abs().max()) > 0.01
     for folder in ("model", "adapter"):
         verify(tmp_path / folder)
         card = (tmp_path / folder / "README.md").read_text()

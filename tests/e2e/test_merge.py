@@ -98,6 +98,7 @@ def test_a_merge_that_cannot_be_written_leaves_nothing(finetune: Run, train_here
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_evaluation_measures_what_was_trained(train_here: Run, write_config: Write, tmp_path: Path, chat_file: Path) -> None:
     data = tmp_path / "own.jsonl"
     data.write_text(chat_file.read_text())

@@ -28,6 +28,8 @@ from finetune.merging.reload import Measurement, Probe, measure
 from finetune.model.head import target_losses
 from tests.methods import FIXED
 
+pytestmark = pytest.mark.xdist_group("method-matrix")  # made once, and not by every worker
+
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "docs" / "benchmarks" / "method-matrix.json"
 IDS = torch.randint(3, 320, (3, 24), generator=torch.Generator().manual_seed(1))

@@ -90,6 +90,7 @@ def test_a18_d1_a_run_resumes_bitwise_and_exports_a_plain_adapter(
 @pytest.mark.parametrize(
     ("tuning", "tied"), [("new-tokens", True), ("new-tokens", False), ("full-embeddings", True), ("full", True)], ids=str
 )
+@pytest.mark.usefixtures("measured_here")
 def test_a8_new_tokens_train_resume_and_reload(
     train_here: Train, write_config: Write, tmp_path: Path, make_tiny_model: Callable[..., Path], tuning: str, tied: bool
 ) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("wheel")  # built once, and not by every worker
+
 ROOT = Path(__file__).parents[2]
 
 

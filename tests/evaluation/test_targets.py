@@ -156,6 +156,7 @@ def test_runs_of_two_bases_are_each_compared_with_their_own_and_with_one_another
     assert read_results(RunDirectory(run), "bases.json") == results
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_adapter_and_merged_model_are_measured_alike_and_their_base_apart(run: Path, adapter: Path, tmp_path: Path) -> None:
     report = api.merge(run, tmp_path / "merged", dtype="fp32")
     assert report.dtype == "fp32"

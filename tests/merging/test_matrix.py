@@ -190,6 +190,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.xdist_group("merge-matrix")  # all cases are made once, and not by every worker
 @pytest.mark.parametrize(("method", "column", "tied"), CASES, ids=[f"{m}-{c}-{'tied' if t else 'untied'}" for m, c, t in CASES])
 def test_a6_a8_merged_logits_are_the_adapters(measured: dict[str, Any], method: str, column: str, tied: bool) -> None:
     found = measured[f"{method} {column} {tied}"]

@@ -23,6 +23,7 @@ Run = Callable[..., Path]
 
 
 @pytest.mark.parametrize("embeddings", ["new-tokens", "full"])
+@pytest.mark.usefixtures("measured_here")
 def test_a8_a_run_with_new_tokens_is_merged_with_its_vocabulary(
     write_config: Run, train_here: Run, tmp_path: Path, embeddings: str
 ) -> None:
@@ -47,6 +48,7 @@ def test_a8_a_run_with_new_tokens_is_merged_with_its_vocabulary(
     [{"method": "lora", "rank": 8, "alpha": 16}, {"method": "adalora", "rank": 2, "init_rank": 4, "every_steps": 1}, {"method": "vera"}],
     ids=lambda tuning: tuning["method"],
 )
+@pytest.mark.usefixtures("measured_here")
 def test_a12_an_adapter_that_trained_in_bf16_is_merged_in_fp32(
     write_config: Run, train_here: Run, tmp_path: Path, tuning: dict[str, object]
 ) -> None:

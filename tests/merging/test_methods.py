@@ -160,6 +160,7 @@ def test_an_int8_base_is_merged_as_it_was_dequantized(tmp_path: Path, kind: str)
 
 
 @pytest.mark.parametrize("kind", ["ia3", "bitfit"])
+@pytest.mark.usefixtures("measured_here")
 def test_a_whole_merge_of_another_method_is_proven(tmp_path: Path, kind: str) -> None:
     from tests.merging.test_merge import ROWS
 

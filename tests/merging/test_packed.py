@@ -146,6 +146,7 @@ def test_damaged_constants_are_refused(tmp_path: Path, damage: str) -> None:
         weights.read(weight)
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_run_on_a_packed_base_is_trained_merged_and_verified(
     write_config: Any, train_here: Any, tmp_path: Path, tiny_model_dir: Path
 ) -> None:

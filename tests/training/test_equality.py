@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from finetune.data.stored import load_rows
 from finetune.training.batching import global_batch
 
+pytestmark = pytest.mark.xdist_group("equality")  # the references are computed once, and not by every worker
+
 STEPS, ROWS, BATCH, RATE, DECAY, NORM = 20, 24, 7, 0.01, 0.05, 0.5  # batches of 7, 7, 7 and 3 rows: the last of an epoch is partial
 LORA = {"method": "lora", "rank": 4, "alpha": 8, "targets": "all-linear"}
 CUTS = (16, 96, 4096)  # an example alone (longer than 16 tokens), several micro-batches, one

@@ -286,6 +286,7 @@ def losses(run: Path, *keys: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [None, pytest.param("builtin:smollm2-135m", marks=pytest.mark.real)], ids=["tiny", "real"])
+@pytest.mark.usefixtures("measured_here")
 def test_two_nodes_of_torchrun_train_as_one_process(
     write_config: Callable[..., Path], train_here: Callable[..., Path], tmp_path: Path, model: str | None
 ):

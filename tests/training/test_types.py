@@ -63,6 +63,7 @@ def test_what_computes_in_either_type_is_not_refused(write_config: Callable[...,
     assert needs_bf16(load_config(write_config(**parts, train=train("fp32"))).config) is None
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_adalora_on_int8_that_trained_in_bf16_is_merged(
     write_config: Callable[..., Path], train_here: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -73,6 +74,7 @@ def test_adalora_on_int8_that_trained_in_bf16_is_merged(
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.usefixtures("measured_here")
 def test_fp32_embeddings_train_under_bf16_products(
     write_config: Callable[..., Path], train_here: Callable[..., Path], tmp_path: Path, quantization: str, dora: bool
 ) -> None:
