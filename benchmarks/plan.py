@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -159,16 +159,17 @@ def watch(command: list[str], environment: dict[str, str], log: Path) -> tuple[i
     own = forks = 0
     with log.open("wb") as sink:
         process = subprocess.Popen(command, env=environment, stdout=sink, stderr=sink, cwd=ROOT)
-        for look in count():
+        looks = 0
+        while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 process.returncode = os.waitstatus_to_exitcode(status)
                 return process.returncode, Peak(own, usage.ru_maxrss * 1024)
-            if look % _FORKS_EVERY == 0:
+            if looks % _FORKS_EVERY == 0:
                 forks = max(forks, sum(private_memory(fork) for fork in children(process.pid)))
             own = max(own, own_memory(process.pid) + forks)
             time.sleep(_BETWEEN_S)
-    raise AssertionError("count() has no end")
+            looks += 1
 
 
 def train(case: Case, threads: int) -> tuple[Memory, Peak]:

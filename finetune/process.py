@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +33,18 @@ def own() -> None:
 def is_own() -> bool:
     """Whether the whole process is this program's."""
     return _Kept.by_process
+
+
+def end_with_parent() -> None:
+    """In a process that another one of this program started: its end is ours, at once and whatever is being computed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Work on many pieces in several processes, in order, with flat memory and without a way to hang.
 
-Processes are spawned, never forked: a forked tokenizer that has used its threads dead-locks (pitfall B10). A process that dies or stalls
+Processes are spawned and not forked: a forked tokenizer that has used its threads dead-locks (pitfall B10). A process that dies or stalls
 ends the whole with an error, and no process outlives the one that started it.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,6 +17,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from finetune.errors import HardwareError
+from finetune.process import end_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -104,15 +104,8 @@ def _begin(function: Callable[[Any], Any]) -> None:
     """In a new process: the parent alone answers to Ctrl-C, and its end is ours."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _functions.append(function)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _call(item: Any) -> Any:

@@ -58,7 +58,7 @@ PARTS: Mapping[str, str] = {
     "gathered": "blocks that are gathered from other devices",
     "mapped": "pages of the checkpoint's file, which the system takes back where memory is short",
     "logits": "one chunk of supervised positions by the vocabulary",
-    "process": "libraries and device context",
+    "process": "libraries and device context, of forks too",
     "reserve": "what the allocator cannot use",
 }
 """Parts in the order in which they are shown, and what each is."""
@@ -126,7 +126,7 @@ class Memory:
 
     @property
     def own(self) -> int:
-        """What the process holds by itself, in pages of no file."""
+        """What the process and its forks hold by themselves, in pages of no file."""
         return self.total - self.pages
 
     @property
@@ -136,12 +136,12 @@ class Memory:
 
 
 def estimate_memory(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting) -> Memory:
-    """Bytes on one device (of one process on a CPU) at the peak of a step.
+    """Bytes on one device (on a CPU, of one process and its forks) at the peak of a step.
 
     What loading the weights and computing a start (`tuning.init`) take for a while is not in it.
     """
     how = arithmetic(shape, config, setting.kind, BYTES[setting.precision], _storage(config, setting))
-    lanes = _lanes(shape, parameters, setting, how)
+    lanes = _lanes(shape, parameters, config, setting, how)
     weights = _weights(shape, parameters, config, setting)
     passing = _passing(shape, parameters, config, setting, how, lanes)
     gradients = float(parameters.trainable * BYTES[config.train.trainable_dtype])
@@ -255,9 +255,11 @@ def _small(shape: ModelShape, setting: Setting, how: Arithmetic) -> float:
 # --- a step --------------------------------------------------------------------------------------------------------------------------
 
 
-def _lanes(shape: ModelShape, parameters: Parameters, setting: Setting, how: Arithmetic) -> int:
+def _lanes(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting, how: Arithmetic) -> int:
     """How many micro-batches are computed side by side (`finetune.training.lanes`)."""
     alone = setting.kind == "cpu" and setting.world == 1 and how.packed and not setting.checkpointing and not how.dropout
+    if isinstance(config.tuning, Lora) and config.tuning.dora and isinstance(config.quantization, EightBit):
+        return 1
     if not alone or shape.family in CAPPED or parameters.trainable > _LARGEST_SHARE * parameters.total:
         return 1
     return max(1, min(setting.threads, setting.tokens // setting.example_tokens))

@@ -1,8 +1,9 @@
 """Lanes of a step in forked processes.
 
-Threads of one interpreter wait for each other between operations: in a lane of SmolLM2 950 times, together 6 to 7 % of a step. A fork has
-an interpreter of its own and finds everything else in place: the frozen weights are the same pages of memory, and rows and code need not
-be sent. Only what changes between steps lies in memory that both write to: the parameters that train, and gradients on their way back.
+Threads of one interpreter wait for each other between operations: in a lane of SmolLM2 950 times, and a step takes 6 % longer for it. A
+fork has an interpreter of its own and finds everything else in place: the frozen weights are the same pages of memory, and rows and code
+need not be sent. Only what changes between steps lies in memory that both write to: the parameters that train, and gradients on their way
+back.
 """
 
 from __future__ import annotations
@@ -14,28 +15,34 @@ import resource
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune import process
-from finetune.errors import FinetuneError, HardwareError
+from finetune.errors import HardwareError
 from finetune.training.input_clock import InputClock
 from finetune.training.lanes import Computed, Lane, Parameters, accumulated
 from finetune.training.signals import ASKED
 
 _ALIGNMENT = 64
 """Bytes: a cache line, as torch's own allocator has it."""
-_GROWN = 256
-"""Pages that a process may touch before its memory is counted again, which takes 20 ms a GiB."""
+_GROWN = 2**20
+"""Bytes by which a process may grow before its memory is counted again, which takes 20 ms a GiB."""
+_STALL_S = 600.0
+_STALL_LANES = 20
+"""A fork that needs longer than both, the second in times of what this process took for its own lane, has stalled: lanes cost the same."""
 
 
 def can_fork() -> bool:
@@ -77,11 +84,12 @@ class Forks:
         self._shared: list[torch.Tensor] = []
         self._gradients: list[list[torch.Tensor]] = []
         self._processes: list[tuple[Any, Connection]] = []
+        self._refused = False
         self._memory: dict[int, int] = {}
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Whatever happens inside, no fork outlives the block."""
+        """Whatever happens inside, no fork outlives the block. After an error in a step no other is computed."""
         try:
             yield
         except BaseException:
@@ -98,24 +106,38 @@ class Forks:
         """What forks have beside the pages that they share with this process."""
         return sum(self._memory.values())
 
+    def ready(self, count: int) -> bool:
+        """Whether there are so many forks; if not they are started, unless the system has refused one: memory, or a limit of processes."""
+        while len(self._processes) < count and not self._refused:
+            try:
+                self._fork()
+            except OSError:
+                self._refused = True
+        return not self._refused
+
     def submit(self, supervised: float, place: int, lane: Lane, threads: int) -> Callable[[], Computed]:
         """In a step of ``supervised`` tokens, begin ``lane``, the ``place``-th that is not computed here.
 
-        The function returned waits for it, or raises what it raised.
+        It is `ready`. The function returned waits for the lane, or raises what it raised.
         """
-        while place >= len(self._processes):
-            self._fork()
         for parameter, shared in zip(self._parameters, self._shared, strict=True):
             if parameter.data_ptr() != shared.data_ptr():  # something gave it a tensor of its own
                 shared.copy_(parameter.detach())
         connection = self._processes[place][1]
-        with _told():
+        with _explained():
             connection.send(_Task(place, lane, supervised, threads))
-        return lambda: self._result(place)
+        return partial(self._result, place, time.monotonic())
 
-    def _result(self, place: int) -> Computed:
-        with _told():
-            answer = self._processes[place][1].recv()
+    def _result(self, place: int, began: float) -> Computed:
+        connection, limit = self._processes[place][1], max(_STALL_S, _STALL_LANES * (time.monotonic() - began))
+        with _explained():
+            if not connection.poll(limit):
+                raise HardwareError(
+                    f"a process that computes a part of each step gave no answer for {limit:.0f} seconds",
+                    where="training",
+                    fix="continue with --resume and OMP_NUM_THREADS=1",
+                )
+            answer = connection.recv()
         if isinstance(answer, Exception):
             raise answer
         assert isinstance(answer, _Answer)
@@ -124,37 +146,42 @@ class Forks:
         return Computed(torch.tensor(answer.loss), self._gradients[place], answer.reached)
 
     def _fork(self) -> None:
+        """OSError where the system has no room for another."""
+        if not self._shared:
+            self._shared = _in_shared_memory(self._parameters)
+            for parameter, shared in zip(self._parameters, self._shared, strict=True):
+                parameter.data = shared.copy_(parameter.detach())
+        gradients = _in_shared_memory(self._parameters)
+        context = multiprocessing.get_context("fork")
+        here, there = context.Pipe()
+        ours = [connection for _, connection in self._processes] + [here]
+        fork = context.Process(target=self._serve, args=(there, ours, [*self._gradients, gradients]))
         try:
-            if not self._shared:
-                self._shared = _in_shared_memory(self._parameters)
-                for parameter, shared in zip(self._parameters, self._shared, strict=True):
-                    parameter.data = shared.copy_(parameter.detach())
-            self._gradients.append(_in_shared_memory(self._parameters))
-            context = multiprocessing.get_context("fork")
-            here, there = context.Pipe()
-            ours = [connection for _, connection in self._processes] + [here]
-            fork = context.Process(target=self._serve, args=(there, ours))
             with warnings.catch_warnings():  # of threads: torch's wait for work, and none of a fork's waits for them
                 warnings.simplefilter("ignore", DeprecationWarning)
                 fork.start()
-        except OSError as error:
-            raise HardwareError(
-                f"another process, to compute a part of each step, cannot be started: {error}",
-                where="training",
-                fix="free memory or processes, or set OMP_NUM_THREADS=1",
-            ) from error
-        there.close()
+        except OSError:
+            here.close()
+            raise
+        finally:
+            there.close()
+        self._gradients.append(gradients)
         self._processes.append((fork, here))
 
-    def _serve(self, connection: Connection, others: Sequence[Connection]) -> None:
+    def _serve(self, connection: Connection, others: Sequence[Connection], gradients: list[list[torch.Tensor]]) -> None:
         """In a fork: compute lanes until the process that it came from closes its end of ``connection``, or ends.
 
-        That process alone answers signals. The threads that OpenMP keeps for the thread that forked are not here, so another one computes.
+        That process alone answers signals, and alone speaks: its lane warns of the same, and a live view would be drawn over. The threads
+        that OpenMP keeps for the thread that forked are not here, so another one computes.
         """
         for number in ASKED:
             signal.signal(number, signal.SIG_IGN)
+        process.end_with_parent()
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        warnings.simplefilter("ignore")
         for other in others:
             other.close()
+        self._gradients = gradients
         self._clock.take()  # what the process before the fork waited for
         gc.freeze()  # to search them would copy the pages of all objects that there are
         computing = threading.Thread(target=self._answer_all, args=(connection,))
@@ -172,6 +199,9 @@ class Forks:
     def _answer(self, task: _Task, memory: _OwnMemory) -> _Answer | Exception:
         try:
             torch.set_num_threads(task.threads)
+            for parameter, shared in zip(self._parameters, self._shared, strict=True):
+                if parameter.data_ptr() != shared.data_ptr():  # it was replaced before this fork was made, or by the last pass
+                    parameter.data = shared
             gradients = self._gradients[task.place]
             found = accumulated(task.lane, lambda piece: self._loss_of(piece, task.supervised), self._parameters, gradients)
             return _Answer(float(found.loss), found.reached, self._clock.take(), memory.bytes())
@@ -182,12 +212,16 @@ class Forks:
 
 
 def _can_be_sent(error: Exception) -> bool:
-    """Whether ``error`` is made again from its arguments: not all that libraries derive are."""
-    return isinstance(error, FinetuneError) or type(error).__module__ == "builtins"
+    """Whether ``error`` can be made again from its arguments, which not all that libraries derive can."""
+    try:
+        ForkingPickler.loads(ForkingPickler.dumps(error))
+    except Exception:  # noqa: BLE001 - its own constructor may raise anything
+        return False
+    return True
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _explained() -> Iterator[None]:
     """HardwareError where the other end of a connection is gone."""
     try:
         yield
@@ -203,16 +237,20 @@ class _OwnMemory:
     """The memory of a fork that is not the same as that of the process it came from."""
 
     def __init__(self) -> None:
-        self._bytes, self._touched = 0, -_GROWN
+        self._most, self._seen = 0, (-_GROWN, -_GROWN)
 
     def bytes(self) -> int:
-        """As counted when it last grew: what was freed stays with the process."""
-        touched = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        if touched - self._touched >= _GROWN:
-            self._touched = touched
-            lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
-            self._bytes = 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean:", "Private_Dirty:")))
-        return self._bytes
+        """The most so far, counted again when more pages were touched (copies are no growth) or there are more (a fault may bring many)."""
+        statistics, counts = Path("/proc/self/statm"), Path("/proc/self/smaps_rollup")
+        if not (statistics.is_file() and counts.is_file()):  # not every kernel tells
+            return 0
+        pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, int(statistics.read_text(encoding="ascii").split()[1])
+        if any(now - then >= _GROWN // mmap.PAGESIZE for now, then in zip(pages, self._seen, strict=True)):
+            self._seen = pages
+            lines = counts.read_text(encoding="ascii").splitlines()
+            own = sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean:", "Private_Dirty:")))
+            self._most = max(self._most, 1024 * own)
+        return self._most
 
 
 def _in_shared_memory(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

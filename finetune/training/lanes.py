@@ -2,7 +2,7 @@
 
 A product of a few hundred rows is too small to be shared by cores: they meet after every one of some thousand operations of a step, and
 small ones are not shared at all. Two lanes that each run half of the step by themselves meet once. torch releases the interpreter
-during its operations, so threads do, and the weights are there once; `finetune.training.forks` has processes for what that leaves.
+during its operations, so threads suffice, and the weights are there once; processes (`finetune.training.forks`) are a little faster.
 
 The gradient is that of the step, summed in an order that does not depend on which lane is ahead.
 """
@@ -160,7 +160,8 @@ def run_lanes(lanes: Sequence[Lane], loss_of: Losses, parameters: Parameters, su
     """Set the gradients of the sum of ``loss_of`` over all micro-batches; returns that sum.
 
     Each lane has its share of torch's threads, the first of them in the thread of the caller, the others where ``submit`` has them
-    computed: in threads of this process if that is left out. What a lane raises, this raises, when all threads have ended.
+    computed: in threads of this process if that is left out. What a lane raises, this raises, when all threads have ended;
+    who has other processes compute ends them.
     """
     threads = torch.get_num_threads()
     own = max(1, threads // len(lanes))

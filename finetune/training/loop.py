@@ -172,7 +172,8 @@ def _gradients(session: Session, step: int, indices: list[int], supervised: int)
         costs = [session.work.tokens(int(train.lengths[index]), int(train.supervised[index])) for index in indices]
         lanes = split(indices, train.lengths, scorer.max_tokens, torch.get_num_threads(), costs)
         if len(lanes) > 1:
-            submit = partial(session.forks.submit, supervised) if session.forks else None
+            forks = session.forks
+            submit = partial(forks.submit, supervised) if forks and forks.ready(len(lanes) - 1) else None
             return run_lanes(lanes, lambda piece: _loss(session, piece, supervised), [*session.parameters.values()], submit)
     pieces = micro_batches(indices, train.lengths, scorer.max_tokens, packed=scorer.packed)
     loss = torch.zeros((), device=scorer.device)

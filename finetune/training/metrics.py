@@ -74,7 +74,7 @@ class StepDone:
     input_seconds: float
     """Of ``seconds``, what the device waited for rows: reading them and laying them out as tensors."""
     memory_bytes: int
-    """The most so far of this process: resident memory on a CPU, allocated memory of its device on a GPU."""
+    """The most so far of this process and its forks: resident memory on a CPU, allocated memory of its device on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)

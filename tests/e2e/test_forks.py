@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +174,15 @@ def test_whatever_ends_a_run_no_fork_is_left_and_it_resumes_to_the_same(config: 
     assert "where: training" in err
     assert "fix:" in err
 
-    command = Command(path, *options)
-    command.process.kill()
-    assert command.ended()[0] == -signal.SIGKILL
+    for signals in ((signal.SIGKILL,), (signal.SIGINT, signal.SIGINT)):  # also where it computes for long, or hangs
+        command = Command(path, *options)
+        command.fork.suspend()
+        for number in signals:
+            command.process.send_signal(number)
+            time.sleep(0.2)
+        with suppress(ProcessLookupError):  # the kernel wakes what is stopped in a group that nobody leads any more
+            os.kill(command.fork.pid, signal.SIGCONT)
+        assert command.ended()[0] in (-signal.SIGKILL, 130)
     assert not (run / "adapter").exists()
 
     code, err = Command(path, *options).ended()

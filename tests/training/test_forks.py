@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -247,6 +248,7 @@ class Beside:
         self.forks = Forks(loss_of, parameters, self.clock)
 
     def step(self, supervised: float = 1.0) -> float:
+        assert self.forks.ready(len(self._lanes) - 1)
         submit = partial(self.forks.submit, supervised)
         return float(run_lanes(self._lanes, lambda piece: self._loss_of(piece, supervised), self.parameters, submit))
 
@@ -283,6 +285,69 @@ def test_what_replaced_a_parameter_s_tensor_reaches_forks() -> None:
             weight.add_(1)
         assert beside.step() == 3 * 14
         assert len(multiprocessing.active_children()) == 1
+
+
+def test_a_fork_made_later_and_a_pass_that_replaces_compute_with_what_is_shared() -> None:
+    """The second fork finds a parameter that has left the shared memory; in the first the pass itself puts another tensor in its place."""
+    weight = parameter()
+
+    def loss_of(piece: list[int], supervised: float) -> torch.Tensor:
+        loss = weight.square().sum() * piece[0] / supervised
+        if in_fork():
+            weight.data = weight.data.clone()
+        return loss
+
+    beside = Beside(loss_of, [weight], forks=2)
+    *few, last = beside._lanes
+    with beside.forks.open():
+        beside._lanes = few
+        assert beside.step() == 3 * 14
+        weight.data = torch.tensor([2.0, 0.0, 1.0])
+        beside._lanes = [*few, last]
+        assert beside.step() == 6 * 5
+        with torch.no_grad():
+            weight.add_(1)
+        assert beside.step() == 6 * 14
+
+
+def test_a_fork_that_stalls_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = parameter()
+    monkeypatch.setattr("finetune.training.forks._STALL_S", 0.5)
+
+    def loss_of(piece: list[int], supervised: float) -> torch.Tensor:
+        if in_fork():
+            time.sleep(60)
+        return weight.sum() * piece[0] * supervised
+
+    began = time.monotonic()
+    with pytest.raises(HardwareError, match="gave no answer for"):
+        Beside(loss_of, [weight]).run(1.0)
+    assert time.monotonic() - began < 30
+    assert not multiprocessing.active_children()
+
+
+def test_a_kernel_that_does_not_tell_what_is_private_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = parameter()
+    monkeypatch.setattr(Path, "is_file", lambda self: "smaps" not in str(self))
+    beside = Beside(lambda piece, supervised: weight.sum() * piece[0] * supervised, [weight])
+    with beside.forks.open():
+        assert beside.step() == 3 * 6
+        assert beside.forks.memory_bytes() == 0
+
+
+def test_a_fork_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its lane warns of what this one does, and a live view would be drawn over."""
+    weight = parameter()
+
+    def loss_of(piece: list[int], supervised: float) -> torch.Tensor:
+        if in_fork():
+            warnings.warn("in a fork", stacklevel=1)
+        return weight.sum() * piece[0] * supervised
+
+    beside = Beside(loss_of, [weight])
+    with beside.forks.open():
+        assert beside.step() == 3 * 6
+    assert capfd.readouterr() == ("", "")
 
 
 def test_gradients_are_of_what_each_lane_reached_and_lie_as_parameters_do() -> None:
@@ -362,16 +427,25 @@ def test_an_error_that_cannot_be_sent_is_told() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_a_fork_that_cannot_be_started_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = parameter()
+def test_where_the_system_refuses_a_fork_lanes_go_on_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that may not be overcommitted, a limit of processes: it is asked for once, and what there is already stays until the end."""
+    weight, asked = parameter(), list[int]()
+    real = os.fork
 
-    def no_fork() -> int:
-        raise BlockingIOError(11, "Resource temporarily unavailable")
+    def second_refused() -> int:
+        asked.append(len(asked))
+        if len(asked) > 1:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return real()
 
-    monkeypatch.setattr(os, "fork", no_fork)
-    with pytest.raises(HardwareError, match=r"cannot be started: .*Resource temporarily unavailable") as caught:
-        Beside(lambda piece, supervised: weight.sum() * piece[0] * supervised, [weight]).run(1.0)
-    assert "OMP_NUM_THREADS=1" in caught.value.problems[0].fix
+    monkeypatch.setattr(os, "fork", second_refused)
+    beside = Beside(lambda piece, supervised: weight.sum() * piece[0] * supervised, [weight], forks=2)
+    with beside.forks.open():
+        assert not beside.forks.ready(2)
+        assert not beside.forks.ready(1)
+        assert len(asked) == 2
+        assert len(multiprocessing.active_children()) == 1
+    assert not multiprocessing.active_children()
 
 
 def test_as_many_forks_as_a_step_has_lanes_besides() -> None:
