@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import multiprocessing
 import os
 import threading
 import warnings
@@ -37,6 +36,8 @@ def is_own() -> bool:
 
 def end_with_parent() -> None:
     """In a process that another one of this program started: its end is ours, at once and whatever is being computed."""
+    import multiprocessing
+
     parent = multiprocessing.parent_process()
     assert parent is not None
 
