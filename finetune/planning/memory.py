@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from finetune.config.schema import Config, EightBit, FourBit, Full, Lora, NoQuantization, SpectrumTargets
 from finetune.planning.activations import CAPPED, Arithmetic, arithmetic, kept, outside, probabilities, work
+from finetune.planning.lanes import FORK, count_lanes
 from finetune.planning.offload import host_bytes
 from finetune.planning.parameters import Parameters
 from finetune.planning.shapes import ModelShape
@@ -30,17 +31,11 @@ _WIDE_ROWS = {"cpu": 32, "cuda": 128}
 """Of them, those that are in fp32 at a time over a frozen head (`finetune.model.frozen_head`)."""
 _GATHERED = 2
 """Blocks that are whole at a time where they are spread: the one that computes, and the next."""
-_LARGEST_SHARE = 0.1
-"""Of a model's parameters that train, beyond which the cores of a CPU do not share a step (`finetune.training.lanes`)."""
-
 _LEAST_TOKENS = 16
 """The smallest `train.tokens_per_device`."""
 PROCESS: Mapping[str, int] = {"cpu": 555 * 2**20, "cuda": 820 * 2**20}
 """Bytes of a process without a model, pages of files apart. CPU: 446 MiB were measured before the first step; the rest, what oneDNN
 compiles and works in, is where the peaks of sixteen runs begin. GPU: context and workspaces, assumed, not measured."""
-_FORK = 80 * 2**20
-"""What each process that computes a lane beside another has of its own besides (`finetune.training.forks`): pages of the interpreter that
-it wrote to, 56 to 76 MiB measured after some steps, and kernels that oneDNN compiled for it."""
 _LIBRARIES = 170 * 2**20
 """Pages of shared libraries that a process on a CPU has touched, measured: 169 to 174 MiB beside a model's file of 257."""
 WASTED: Mapping[str, float] = {"cpu": 0.33, "cuda": 0.05}
@@ -141,7 +136,7 @@ def estimate_memory(shape: ModelShape, parameters: Parameters, config: Config, s
     What loading the weights and computing a start (`tuning.init`) take for a while is not in it.
     """
     how = arithmetic(shape, config, setting.kind, BYTES[setting.precision], _storage(config, setting))
-    lanes = _lanes(shape, parameters, config, setting, how)
+    lanes = count_lanes(shape, parameters, config, setting, how)
     weights = _weights(shape, parameters, config, setting)
     passing = _passing(shape, parameters, config, setting, how, lanes)
     gradients = float(parameters.trainable * BYTES[config.train.trainable_dtype])
@@ -155,7 +150,7 @@ def estimate_memory(shape: ModelShape, parameters: Parameters, config: Config, s
     if setting.kind == "cpu":
         views = _views(shape, parameters, config, setting)
         found |= _on_host(shape, config, found, views=bool(views))
-        found["process"] += _LIBRARIES + (lanes - 1) * _FORK
+        found["process"] += _LIBRARIES + (lanes - 1) * FORK
         pages = found["mapped"] + views + _LIBRARIES
     parts = {name: math.ceil(found[name]) for name in PARTS}
     paged = setting.kind == "cuda" and setting.optimizer.startswith("paged")
@@ -253,16 +248,6 @@ def _small(shape: ModelShape, setting: Setting, how: Arithmetic) -> float:
 
 
 # --- a step --------------------------------------------------------------------------------------------------------------------------
-
-
-def _lanes(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting, how: Arithmetic) -> int:
-    """How many micro-batches are computed side by side (`finetune.training.lanes`)."""
-    alone = setting.kind == "cpu" and setting.world == 1 and how.packed and not setting.checkpointing and not how.dropout
-    if isinstance(config.tuning, Lora) and config.tuning.dora and isinstance(config.quantization, EightBit):
-        return 1
-    if not alone or shape.family in CAPPED or parameters.trainable > _LARGEST_SHARE * parameters.total:
-        return 1
-    return max(1, min(setting.threads, setting.tokens // setting.example_tokens))
 
 
 def _passing(shape: ModelShape, parameters: Parameters, config: Config, setting: Setting, how: Arithmetic, lanes: int) -> dict[str, float]:

@@ -111,8 +111,9 @@ class Forks:
         while len(self._processes) < count and not self._refused:
             try:
                 self._fork()
-            except OSError:
+            except OSError as error:
                 self._refused = True
+                warnings.warn(f"another process is refused ({error}): a step is computed in threads, a little slower", stacklevel=2)
         return not self._refused
 
     def submit(self, supervised: float, place: int, lane: Lane, threads: int) -> Callable[[], Computed]:

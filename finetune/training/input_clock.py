@@ -26,7 +26,8 @@ class InputClock:
 
     def add(self, place: int, seconds: float) -> None:
         """Count what the fork at ``place`` spent."""
-        self._seconds[-1 - place] = self._seconds.get(-1 - place, 0.0) + seconds
+        fork = -1 - place  # threads have positive numbers
+        self._seconds[fork] = self._seconds.get(fork, 0.0) + seconds
 
     def take(self) -> float:
         """Seconds of the thread or fork that read longest since the last call."""

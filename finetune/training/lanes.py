@@ -22,6 +22,7 @@ from finetune.model.adapters import count_parameters, trainable
 from finetune.model.head import causal_model, has_plain_head
 from finetune.model.quantize import is_int8
 from finetune.model.tiles import TILE
+from finetune.planning.lanes import LARGEST_SHARE
 from finetune.scoring import Scorer
 
 _LEAST_TOKENS = 128
@@ -29,8 +30,6 @@ _LEAST_TOKENS = 128
 _RATE_OF_TILES = 0.5
 """Of the rate of other products: theirs are small, and their softmax is a pass besides. Fitted over 50 lanes of SmolLM2: 4.4 tokens a pair
 where the products alone would be 2.0, and 0.33 tokens a supervised one where the head's would be 0.27."""
-_LARGEST_SHARE = 0.1
-"""Of a model's parameters that train: each lane holds their gradient."""
 
 Lane = list[list[int]]
 """Micro-batches that are computed one after the other."""
@@ -57,7 +56,7 @@ def can_share(scorer: Scorer, processes: int) -> bool:
     if scorer.device.type != "cpu" or processes > 1 or not scorer.packed:
         return False
     training = sum(parameter.numel() for parameter in trainable(scorer.model).values())
-    if training > _LARGEST_SHARE * count_parameters(scorer.model) or not has_plain_head(causal_model(scorer.model)):
+    if training > LARGEST_SHARE * count_parameters(scorer.model) or not has_plain_head(causal_model(scorer.model)):
         return False
     return not any(
         _draws(module) or _is_rewritten(module) or getattr(module, "gradient_checkpointing", False) for module in scorer.model.modules()

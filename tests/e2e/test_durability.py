@@ -27,6 +27,7 @@ from finetune.sealed import read_json, verify
 from finetune.training import build, inputs, train
 from finetune.training import export as exporting
 from finetune.training.metrics import AlreadyFinished, CheckpointDamaged, Event, Started
+from tests.outcome import result, rows
 
 ROOT = Path(__file__).parents[2]
 TRAIN = {
@@ -37,8 +38,6 @@ TRAIN = {
     "checkpoint": {"every_steps": 2, "keep": 2},
     "evaluate": {"every_steps": 3},
 }
-MEASURED = {"seconds", "input_seconds", "memory_bytes"}
-"""Of a row: differs from run to run."""
 DROPOUT = {"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.2}
 
 
@@ -84,16 +83,6 @@ def go(config: Path, *overrides: str, events: list[Event] | None = None, resume:
 
 def resume(run: Path, *overrides: str, events: list[Event] | None = None, accept: tuple[str, ...] = ()) -> Path:
     return go(run / "config.yaml", f"output={run}", *overrides, events=events, resume=True, accept=accept)
-
-
-def result(run: Path) -> str:
-    verify(run / "adapter")
-    return str(read_json(run / "adapter" / "MANIFEST.json")["sha256"]["adapter_model.safetensors"])
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
 
 
 def require_equal(run: Path, straight: Path) -> None:

@@ -12,20 +12,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from finetune import api
-from finetune.sealed import read_json, verify
+from finetune.sealed import verify
+from tests.outcome import result, rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="lanes are forked on Linux alone")
 
 STEPS = 100
-MEASURED = {"seconds", "input_seconds", "memory_bytes"}
-"""Of a row: differs from run to run."""
 TRAIN = {
     "epochs": STEPS,
     "max_steps": STEPS,
@@ -76,16 +74,6 @@ def by_threads(config: Callable[[str], Path]) -> Iterator[Path]:
     yield api.train(api.load_config(config("threads"), []).config, lambda _: seen.add(len(multiprocessing.active_children()))).path
     torch.set_num_threads(before)
     assert seen == {0}
-
-
-def result(run: Path) -> str:
-    verify(run / "adapter")
-    return str(read_json(run / "adapter" / "MANIFEST.json")["sha256"]["adapter_model.safetensors"])
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
 
 
 class Command:

@@ -441,7 +441,8 @@ def test_where_the_system_refuses_a_fork_lanes_go_on_in_threads(monkeypatch: pyt
     monkeypatch.setattr(os, "fork", second_refused)
     beside = Beside(lambda piece, supervised: weight.sum() * piece[0] * supervised, [weight], forks=2)
     with beside.forks.open():
-        assert not beside.forks.ready(2)
+        with pytest.warns(UserWarning, match=r"refused .*Resource temporarily unavailable.*in threads"):
+            assert not beside.forks.ready(2)
         assert not beside.forks.ready(1)
         assert len(asked) == 2
         assert len(multiprocessing.active_children()) == 1
